@@ -1,0 +1,269 @@
+/* The overlay file (see store.h).
+ *
+ * Places are given out by appending, several at a time for a large request, so
+ * that what is written in order lies in order.  Whoever took a place has it
+ * alone until it stands in the map or is given back; so reading, writing and
+ * punching need no lock here.  A place is punched before it can be given out
+ * again.
+ *
+ * Knows nothing of blocks, of the map, or of nbdkit.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "cleanup.h"
+#include "store.h"
+
+/* A file without a name in DIR, or -1 and errno. */
+static int
+open_anonymous_file (const char *dir)
+{
+  CLEANUP_FREE char *template = NULL;
+  int fd = open (dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+
+  /* EISDIR is what a kernel says that does not know the flag. */
+  if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR))
+    return fd;
+
+  if (asprintf (&template, "%s/cowXXXXXX", dir) == -1) {
+    template = NULL;
+    errno = ENOMEM;
+    return -1;
+  }
+  fd = mkostemp (template, O_CLOEXEC);
+  if (fd >= 0)
+    unlink (template);
+  return fd;
+}
+
+int
+store_check_dir (const char *dir)
+{
+  const int fd = open_anonymous_file (dir);
+
+  if (fd == -1)
+    return -1;
+  close (fd);
+  return 0;
+}
+
+char *
+store_find_dir (const char **name)
+{
+  const char *tmpdir = getenv ("TMPDIR");
+
+  *name = tmpdir && *tmpdir ? tmpdir : "/var/tmp";
+
+  /* Absolute, because a server in the background changes to "/". */
+  char *dir = realpath (*name, NULL);
+  if (!dir)
+    return NULL;
+  if (store_check_dir (dir) == -1) {
+    const int err = errno;
+
+    free (dir);
+    errno = err;
+    return NULL;
+  }
+  return dir;
+}
+
+uint64_t
+store_raise_file_limit (void)
+{
+  struct rlimit limit;
+
+  if (getrlimit (RLIMIT_NOFILE, &limit) == -1)
+    return UINT64_MAX;
+  if (limit.rlim_cur != limit.rlim_max) {
+    const rlim_t soft = limit.rlim_cur;
+
+    limit.rlim_cur = limit.rlim_max;
+    if (setrlimit (RLIMIT_NOFILE, &limit) == -1)
+      return soft;
+  }
+  return limit.rlim_cur == RLIM_INFINITY ? UINT64_MAX : limit.rlim_cur;
+}
+
+void
+store_ignore_file_size_signal (void)
+{
+  struct sigaction action;
+
+  if (sigaction (SIGXFSZ, NULL, &action) == 0
+      && !(action.sa_flags & SA_SIGINFO) && action.sa_handler == SIG_DFL) {
+    action.sa_handler = SIG_IGN;
+    sigaction (SIGXFSZ, &action, NULL);
+  }
+}
+
+void
+store_init (struct store *store, const char *dir, uint64_t place_size)
+{
+  store->dir = dir;
+  store->place_size = place_size;
+  pthread_mutex_init (&store->lock, NULL);
+  store->fd = -1;
+  store->next_place = 1;
+  store->free_runs = NULL;
+  store->nr_free_runs = store->max_free_runs = 0;
+}
+
+void
+store_destroy (struct store *store)
+{
+  if (store->fd >= 0)
+    close (store->fd);
+  free (store->free_runs);
+  pthread_mutex_destroy (&store->lock);
+}
+
+uint64_t
+store_take (struct store *store, uint64_t wanted, uint64_t *place)
+{
+  LOCK_FOR_SCOPE (&store->lock);
+
+  if (store->fd == -1) {
+    store->fd = open_anonymous_file (store->dir);
+    if (store->fd == -1)
+      return 0;
+  }
+
+  if (store->nr_free_runs > 0) {
+    struct place_run *run = &store->free_runs[store->nr_free_runs - 1];
+    const uint64_t count = MIN (run->count, wanted);
+
+    *place = run->first;
+    run->first += count;
+    run->count -= count;
+    if (run->count == 0)
+      store->nr_free_runs--;
+    return count;
+  }
+
+  /* Every byte of a place must have an offset that off_t can hold. */
+  const uint64_t last_place = INT64_MAX / store->place_size - 1;
+  if (store->next_place > last_place) {
+    errno = EFBIG;
+    return 0;
+  }
+  const uint64_t count = MIN (wanted, last_place - store->next_place + 1);
+
+  *place = store->next_place;
+  store->next_place += count;
+  return count;
+}
+
+void
+store_give_back (struct store *store, uint64_t place, uint64_t count)
+{
+  store_punch (store, place * store->place_size, count * store->place_size);
+
+  LOCK_FOR_SCOPE (&store->lock);
+
+  if (place + count == store->next_place) {
+    store->next_place = place;
+    return;
+  }
+  if (store->nr_free_runs == store->max_free_runs) {
+    const size_t max = store->max_free_runs ? 2 * store->max_free_runs : 16;
+    struct place_run *runs
+      = realloc (store->free_runs, max * sizeof *store->free_runs);
+
+    /* Without memory to remember them, these places are not used again.  They
+     * were punched: what is lost is a range of file offsets, no space.
+     */
+    if (!runs)
+      return;
+    store->free_runs = runs;
+    store->max_free_runs = max;
+  }
+  store->free_runs[store->nr_free_runs++]
+    = (struct place_run) { .first = place, .count = count };
+}
+
+int
+store_read (const struct store *store, void *buf, size_t count,
+            uint64_t offset)
+{
+  while (count > 0) {
+    const ssize_t r = pread (store->fd, buf, count, (off_t) offset);
+
+    if (r == -1 && errno == EINTR)
+      continue;
+    if (r == -1)
+      return -1;
+    if (r == 0) {
+      /* Allocated blocks were written whole, so they end inside the file:
+       * somebody else has cut it.
+       */
+      errno = EIO;
+      return -1;
+    }
+    buf = (char *) buf + r;
+    count -= (size_t) r;
+    offset += (uint64_t) r;
+  }
+  return 0;
+}
+
+int
+store_writev (const struct store *store, struct iovec *iov, int nr_iov,
+              uint64_t offset)
+{
+  for (;;) {
+    while (nr_iov > 0 && iov->iov_len == 0)
+      iov++, nr_iov--;
+    if (nr_iov == 0)
+      return 0;
+
+    ssize_t r = nr_iov == 1 ? pwrite (store->fd, iov->iov_base, iov->iov_len,
+                                      (off_t) offset)
+                            : pwritev (store->fd, iov, nr_iov, (off_t) offset);
+    if (r == -1 && errno == EINTR)
+      continue;
+    if (r == 0)
+      errno = EIO;
+    if (r <= 0)
+      return -1;
+
+    offset += (uint64_t) r;
+    for (struct iovec *v = iov; r > 0; ++v) {
+      const size_t n = MIN ((size_t) r, v->iov_len);
+
+      v->iov_base = (char *) v->iov_base + n;
+      v->iov_len -= n;
+      r -= (ssize_t) n;
+    }
+  }
+}
+
+void
+store_punch (const struct store *store, uint64_t offset, uint64_t count)
+{
+  const int err = errno;
+
+  while (fallocate (store->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                    (off_t) offset, (off_t) count)
+           == -1
+         && errno == EINTR)
+    ;
+  errno = err;
+}
+
+void
+store_prefetch (const struct store *store, uint64_t offset, uint64_t count)
+{
+  posix_fadvise (store->fd, (off_t) offset, (off_t) count,
+                 POSIX_FADV_WILLNEED);
+}
