@@ -1,0 +1,1119 @@
+/* Block operations on an overlay.
+ *
+ * A disk is cut into blocks, 32 of them are a slot.  The map says of each slot
+ * where its bytes lie in the overlay file (its place) and in which state each
+ * of its blocks is: a hole (read the base), allocated (read the file) or zero.
+ * A block never becomes a hole again.
+ *
+ * Reading walks over the runs of one state.  Everything that changes the map
+ * goes through a struct change: it takes the locks, finds the slots, gives them
+ * places, writes all bytes, and only then stores the new states, so that a
+ * request is there wholly or, if it fails, not at all.
+ *
+ * The rules that keep acknowledged writes safe (HACKING has them in full) and
+ * where they are kept:
+ *
+ *  1 data first, then state          change_commit, slot_store
+ *  2 state changes under slot lock   change_begin
+ *  3 base read holding no lock       edges_read, fetch; looked at again after
+ *  4 allocated blocks need no slot
+ *    lock, checked before writing    blk_write
+ *  5 allocated is written whole      blk_write, blk_zero, keep
+ *  6 zero and trim only change
+ *    state, and punch afterwards     blk_zero, punch_zeroed
+ *  7 one hold of the request lock    change_begin .. change_end
+ *  8 one block, one read             edges_read, find_run
+ *
+ * Locks, in the order in which they are taken: slot locks (stripes by slot
+ * number, ascending), the request lock (shared), a map node's lock or
+ * the store's lock.  No slot lock is waited for while the request lock is held.
+ */
+
+#include <config.h>
+
+#include <assert.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bitmap.h"
+#include "blk.h"
+#include "cleanup.h"
+#include "map.h"
+#include "store.h"
+
+/* As many as a word has bits.  (The deadlock detector of gcc's thread sanitizer
+ * breaks down where a thread holds more than 64 locks of any kind.)
+ */
+#ifndef __SANITIZE_THREAD__
+#define NR_STRIPES 64
+#else
+#define NR_STRIPES 32
+#endif
+
+/* As much of the file is punched with locks held. */
+#define PUNCH_BYTES (4u << 20)
+
+struct overlay {
+  uint64_t size;        /* of the disk, in bytes; constant */
+  unsigned block_shift; /* log2 of the block size; constant */
+  unsigned slot_shift;  /* log2 of the slot size; constant */
+  atomic_bool changed;  /* set before the first change of a slot */
+  struct map map;       /* looked at under the request lock; slots are
+                            * changed under their slot lock too */
+  struct store store;   /* has its own lock */
+  pthread_rwlock_t request_lock;
+  pthread_mutex_t slot_locks[NR_STRIPES];
+};
+
+struct overlay *
+overlay_new (uint64_t size, uint32_t block_size, const char *dir)
+{
+  struct overlay *o = calloc (1, sizeof *o);
+  pthread_rwlockattr_t attr;
+
+  if (!o)
+    return NULL;
+  o->size = size;
+  o->block_shift = (unsigned) __builtin_ctz (block_size);
+  o->slot_shift = o->block_shift + (unsigned) __builtin_ctz (SLOT_BLOCKS);
+  atomic_init (&o->changed, false);
+
+  const uint64_t slot_size = UINT64_C (1) << o->slot_shift;
+  map_init (&o->map, (size >> o->slot_shift) + (size % slot_size > 0));
+  store_init (&o->store, dir, slot_size);
+
+  /* The default kind lets a stream of readers starve the one who wants the
+   * lock for itself.
+   */
+  pthread_rwlockattr_init (&attr);
+  pthread_rwlockattr_setkind_np (&attr,
+                                 PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+  pthread_rwlock_init (&o->request_lock, &attr);
+  pthread_rwlockattr_destroy (&attr);
+  for (unsigned i = 0; i < NR_STRIPES; ++i)
+    pthread_mutex_init (&o->slot_locks[i], NULL);
+  return o;
+}
+
+void
+overlay_free (struct overlay *o)
+{
+  if (!o)
+    return;
+  for (unsigned i = 0; i < NR_STRIPES; ++i)
+    pthread_mutex_destroy (&o->slot_locks[i]);
+  pthread_rwlock_destroy (&o->request_lock);
+  store_destroy (&o->store);
+  map_destroy (&o->map);
+  free (o);
+}
+
+uint64_t
+overlay_size (const struct overlay *o)
+{
+  return o->size;
+}
+
+bool
+overlay_is_changed (const struct overlay *o)
+{
+  return atomic_load (&o->changed);
+}
+
+static uint64_t
+block_size (const struct overlay *o)
+{
+  return UINT64_C (1) << o->block_shift;
+}
+
+static uint64_t
+slot_size (const struct overlay *o)
+{
+  return UINT64_C (1) << o->slot_shift;
+}
+
+/* Where the byte at OFFSET of the disk lies in the file, its slot being at
+ * PLACE.
+ */
+static uint64_t
+file_offset (const struct overlay *o, uint64_t place, uint64_t offset)
+{
+  return (place << o->slot_shift) + (offset & (slot_size (o) - 1));
+}
+
+/* An error of the overlay file or of memory becomes that of the request.
+ * nbdkit aborts on ENOTSUP where it does not expect it.
+ */
+static int
+overlay_error (const struct overlay *o, int err)
+{
+  errno = err == ENOTSUP || err == EOPNOTSUPP ? EIO : err;
+  const int result = errno;
+
+  nbdkit_error ("cow: overlay file in %s: %m", o->store.dir);
+  return result;
+}
+
+/*----------------------------------------------------------------------
+ * Looking
+ */
+
+/* Bytes of the disk that are in one state, and if that is allocated, lie one
+ * behind the other in the file.
+ */
+struct run {
+  enum block_state state;
+  uint64_t length;      /* in bytes */
+  uint64_t file_offset; /* if allocated */
+};
+
+/* The run that starts at OFFSET, as far as END (> OFFSET) at the most.  Caller
+ * holds the request lock.
+ */
+static struct run
+find_run (const struct overlay *o, uint64_t offset, uint64_t end)
+{
+  struct run run = { .state = BLOCK_HOLE };
+  uint64_t pos = offset;
+
+  while (pos < end) {
+    const uint64_t nr = pos >> o->slot_shift;
+    const struct slot *slot = map_find (&o->map, nr);
+    enum block_state state = BLOCK_HOLE;
+    uint64_t place_offset = 0, piece_end;
+
+    if (slot) {
+      const struct slot_pair pair = slot_load (slot);
+      const unsigned block = pos >> o->block_shift & (SLOT_BLOCKS - 1);
+      const unsigned last = block + bitmap_run (pair.state, block);
+
+      state = bitmap_state (pair.state, block);
+      place_offset = file_offset (o, pair.place, pos);
+      piece_end = (nr << o->slot_shift) + ((uint64_t) last << o->block_shift);
+    }
+    else
+      piece_end = map_next (&o->map, nr) << o->slot_shift;
+
+    if (pos == offset) {
+      run.state = state;
+      run.file_offset = place_offset;
+    }
+    else if (state != run.state
+             || (state == BLOCK_ALLOCATED
+                 && place_offset != run.file_offset + (pos - offset)))
+      break;
+    pos = MIN (piece_end, end);
+  }
+
+  run.length = pos - offset;
+  return run;
+}
+
+static enum block_state
+state_at (const struct overlay *o, uint64_t offset)
+{
+  return find_run (o, offset, offset + 1).state;
+}
+
+static bool
+all_allocated (const struct overlay *o, uint64_t offset, uint64_t end)
+{
+  while (offset < end) {
+    const struct run run = find_run (o, offset, end);
+
+    if (run.state != BLOCK_ALLOCATED)
+      return false;
+    offset += run.length;
+  }
+  return true;
+}
+
+/*----------------------------------------------------------------------
+ * Changing
+ */
+
+/* What a request does to one slot. */
+struct slot_change {
+  uint64_t nr;            /* of the slot */
+  struct slot *slot;      /* good between change_begin and change_end */
+  struct slot_pair found; /* under the slot lock */
+  uint64_t place;         /* where its bytes go; 0: it needs no place */
+  uint32_t allocate;      /* blocks that become allocated, or stay so */
+  uint32_t zero;          /* blocks that become zero, or stay so */
+};
+
+/* A request's changes, from change_begin to change_end. */
+struct change {
+  struct overlay *o;
+  uint64_t first;   /* number of the first slot */
+  size_t count;     /* of slots */
+  uint64_t stripes; /* slot locks held, one bit each */
+  struct slot_change *slots;
+  struct slot_change few[16]; /* enough for 2 MiB in blocks of 4 KiB */
+};
+
+static void
+cleanup_change (struct change *c)
+{
+  if (c->slots != c->few)
+    free (c->slots);
+}
+
+#define CLEANUP_CHANGE __attribute__ ((cleanup (cleanup_change)))
+
+/* The slot locks of COUNT slots from FIRST on. */
+static uint64_t
+stripes_of (uint64_t first, size_t count)
+{
+  uint64_t stripes = 0;
+
+  if (count >= NR_STRIPES)
+    return UINT64_MAX >> (64 - NR_STRIPES);
+  for (size_t i = 0; i < count; ++i)
+    stripes |= UINT64_C (1) << (first + i) % NR_STRIPES;
+  return stripes;
+}
+
+static void
+lock_stripes (struct overlay *o, uint64_t stripes)
+{
+  for (; stripes; stripes &= stripes - 1)
+    pthread_mutex_lock (&o->slot_locks[__builtin_ctzll (stripes)]);
+}
+
+static void
+unlock_stripes (struct overlay *o, uint64_t stripes)
+{
+  for (; stripes; stripes &= stripes - 1)
+    pthread_mutex_unlock (&o->slot_locks[__builtin_ctzll (stripes)]);
+}
+
+static void
+change_unlock (struct change *c)
+{
+  pthread_rwlock_unlock (&c->o->request_lock);
+  unlock_stripes (c->o, c->stripes);
+}
+
+/* Lock the slots of the disk's bytes OFFSET .. END-1 and look at them.  0, and
+ * the locks are held until change_end; or an errno value, and they are not.
+ * C is to be declared with CLEANUP_CHANGE.
+ */
+static int
+change_begin (struct change *c, struct overlay *o, uint64_t offset,
+              uint64_t end)
+{
+  c->o = o;
+  c->first = offset >> o->slot_shift;
+  c->count = (size_t) (((end - 1) >> o->slot_shift) - c->first + 1);
+  c->stripes = stripes_of (c->first, c->count);
+  c->slots = c->few;
+  if (c->count > sizeof c->few / sizeof c->few[0]) {
+    c->slots = malloc (c->count * sizeof *c->slots);
+    if (!c->slots)
+      return ENOMEM;
+  }
+
+  lock_stripes (o, c->stripes);
+  pthread_rwlock_rdlock (&o->request_lock);
+
+  for (size_t i = 0; i < c->count; ++i) {
+    struct slot *slot = map_touch (&o->map, c->first + i);
+
+    if (!slot) {
+      change_unlock (c);
+      return ENOMEM;
+    }
+    c->slots[i] = (struct slot_change) { .nr = c->first + i, .slot = slot };
+    c->slots[i].found = slot_load (slot);
+    c->slots[i].place = c->slots[i].found.place;
+  }
+  return 0;
+}
+
+/* Does this slot get a place that it did not have? */
+static bool
+has_fresh_place (const struct slot_change *s)
+{
+  return s->place != s->found.place;
+}
+
+static bool
+needs_place (const struct slot_change *s)
+{
+  return s->allocate && s->place == 0;
+}
+
+/* Give a place to every slot that needs one.  0 or an errno value. */
+static int
+change_take_places (struct change *c)
+{
+  uint64_t place = 0, got = 0, wanted = 0;
+
+  for (size_t i = 0; i < c->count; ++i)
+    wanted += needs_place (&c->slots[i]);
+
+  for (size_t i = 0; i < c->count; ++i) {
+    if (!needs_place (&c->slots[i]))
+      continue;
+    if (got == 0) {
+      got = store_take (&c->o->store, wanted, &place);
+      if (got == 0)
+        return errno;
+      wanted -= got;
+    }
+    c->slots[i].place = place++;
+    got--;
+  }
+  return 0;
+}
+
+/* Of the NR_PARTS pieces of memory, which lie one behind the other, those that
+ * hold bytes START .. END-1.  Returns how many, in IOV.
+ */
+static int
+slice (const struct iovec *parts, int nr_parts, uint64_t start, uint64_t end,
+       struct iovec *iov)
+{
+  uint64_t part_start = 0;
+  int nr_iov = 0;
+
+  for (int i = 0; i < nr_parts; ++i) {
+    const uint64_t part_end = part_start + parts[i].iov_len;
+    const uint64_t from = MAX (start, part_start), to = MIN (end, part_end);
+
+    if (from < to) {
+      iov[nr_iov].iov_base = (char *) parts[i].iov_base + (from - part_start);
+      iov[nr_iov].iov_len = to - from;
+      nr_iov++;
+    }
+    part_start = part_end;
+  }
+  return nr_iov;
+}
+
+/* Parts of one write at the most: bytes before, of, and behind the request. */
+#define MAX_PARTS 3
+
+/* Write NR_PARTS pieces of memory one behind the other from OFFSET of the disk
+ * on, to the places of their slots.  0 or an errno value.
+ */
+static int
+change_write (const struct change *c, const struct iovec *parts, int nr_parts,
+              uint64_t offset)
+{
+  const struct overlay *o = c->o;
+  uint64_t pos = offset, end = offset;
+
+  for (int i = 0; i < nr_parts; ++i)
+    end += parts[i].iov_len;
+
+  while (pos < end) {
+    const size_t i = (size_t) ((pos >> o->slot_shift) - c->first);
+    size_t next = i + 1;
+    struct iovec iov[MAX_PARTS];
+
+    while (next < c->count
+           && c->slots[next].place == c->slots[i].place + (next - i))
+      next++;
+
+    const uint64_t run_end = MIN (end, (c->first + next) << o->slot_shift);
+    const int nr_iov
+      = slice (parts, nr_parts, pos - offset, run_end - offset, iov);
+    if (store_writev (&o->store, iov, nr_iov,
+                      file_offset (o, c->slots[i].place, pos))
+        == -1)
+      return errno;
+    pos = run_end;
+  }
+  return 0;
+}
+
+/* Make the changes visible.  All their bytes are in the file (rules 1, 7). */
+static void
+change_commit (struct change *c)
+{
+  atomic_store (&c->o->changed, true);
+
+  for (size_t i = 0; i < c->count; ++i) {
+    const struct slot_change *s = &c->slots[i];
+    struct slot_pair pair = { .place = s->place, .state = s->found.state };
+
+    pair.state = bitmap_set_zero (pair.state, s->zero);
+    pair.state = bitmap_set_allocated (pair.state, s->allocate);
+    if (pair.state != s->found.state || pair.place != s->found.place)
+      slot_store (s->slot, pair);
+  }
+}
+
+/* Give back the places that were taken for a request that failed. */
+static void
+change_give_back (struct change *c)
+{
+  for (size_t i = 0, next; i < c->count; i = next) {
+    next = i + 1;
+    if (!has_fresh_place (&c->slots[i]))
+      continue;
+    while (next < c->count && has_fresh_place (&c->slots[next])
+           && c->slots[next].place == c->slots[i].place + (next - i))
+      next++;
+    store_give_back (&c->o->store, c->slots[i].place, next - i);
+  }
+}
+
+/* Let go: with ERR 0 the changes are made, else undone.  Returns ERR. */
+static int
+change_end (struct change *c, int err)
+{
+  if (err)
+    change_give_back (c);
+  else
+    change_commit (c);
+  change_unlock (c);
+  return err;
+}
+
+static struct slot_change *
+change_at (struct change *c, uint64_t offset)
+{
+  return &c->slots[(offset >> c->o->slot_shift) - c->first];
+}
+
+/* The blocks of START .. END-1, both block aligned, that are in slot I. */
+static uint32_t
+blocks_in_slot (const struct change *c, size_t i, uint64_t start, uint64_t end)
+{
+  const struct overlay *o = c->o;
+  const uint64_t slot_start = (c->first + i) << o->slot_shift;
+  const uint64_t from = MAX (start, slot_start);
+  const uint64_t to = MIN (end, slot_start + slot_size (o));
+
+  if (from >= to)
+    return 0;
+  return bitmap_mask ((unsigned) ((from - slot_start) >> o->block_shift),
+                      (unsigned) ((to - from) >> o->block_shift));
+}
+
+/* The state of the block at OFFSET as it was found. */
+static enum block_state
+found_state (struct change *c, uint64_t offset)
+{
+  return bitmap_state (change_at (c, offset)->found.state,
+                       offset >> c->o->block_shift & (SLOT_BLOCKS - 1));
+}
+
+/*----------------------------------------------------------------------
+ * The blocks at the two ends of a request that it does not cover wholly
+ */
+
+/* Of the block that ends the disk, what lies past the disk's end is nobody's:
+ * a request that goes as far as the end covers that block.
+ */
+struct edges {
+  uint64_t offset, end;   /* the request */
+  uint64_t head, tail;    /* offsets of its first and last block: the same
+                           * one, or neighbours, or not */
+  uint64_t before, after; /* bytes of these blocks it leaves out */
+  bool need_before;       /* they are the base's: head is a hole */
+  bool need_after;        /* the same of tail, and inside the disk */
+  char *bytes;            /* of the head block, then, if it is another, of the
+                           * tail block; only what is left out is filled in */
+};
+
+static void
+cleanup_edges (struct edges *e)
+{
+  free (e->bytes);
+}
+
+#define CLEANUP_EDGES __attribute__ ((cleanup (cleanup_edges)))
+
+/* Caller holds the request lock (this is the first look of rule 3). */
+static void
+edges_look (struct edges *e, const struct overlay *o, uint32_t count,
+            uint64_t offset)
+{
+  const uint64_t bs = block_size (o);
+
+  e->offset = offset;
+  e->end = offset + count;
+  e->head = ROUND_DOWN (offset, bs);
+  e->tail = ROUND_DOWN (e->end - 1, bs);
+  e->before = offset - e->head;
+  e->after = e->tail + bs - e->end;
+  e->need_before = e->before > 0 && state_at (o, e->head) == BLOCK_HOLE;
+  e->need_after
+    = e->after > 0 && e->end < o->size && state_at (o, e->tail) == BLOCK_HOLE;
+  e->bytes = NULL;
+}
+
+/* The memory for the tail block. */
+static char *
+tail_bytes (const struct edges *e, const struct overlay *o)
+{
+  return e->tail == e->head ? e->bytes : e->bytes + block_size (o);
+}
+
+/* Get the memory, and read what is needed of the base: each byte once, and in
+ * one request where the two blocks touch.  The rest is zero.  Caller holds no
+ * lock (rule 3).
+ */
+static int
+edges_read (struct edges *e, const struct overlay *o, const struct base *base,
+            int *err)
+{
+  const uint64_t bs = block_size (o);
+  const uint64_t tail_end = MIN (e->tail + bs, o->size);
+
+  if (e->before == 0 && e->after == 0)
+    return 0;
+  e->bytes = calloc (e->tail == e->head ? 1 : 2, bs);
+  if (!e->bytes) {
+    *err = errno;
+    nbdkit_error ("calloc: %m");
+    return -1;
+  }
+
+  if (e->need_before && e->need_after && e->tail - e->head <= bs)
+    return base_read (base, e->bytes, tail_end - e->head, e->head, err);
+  if (e->need_before
+      && base_read (base, e->bytes, e->before, e->head, err) == -1)
+    return -1;
+  if (e->need_after
+      && base_read (base, tail_bytes (e, o) + (e->end - e->tail),
+                    tail_end - e->end, e->end, err)
+           == -1)
+    return -1;
+  return 0;
+}
+
+/*----------------------------------------------------------------------
+ * Keeping bytes of the base
+ */
+
+/* Read blocks START .. END-1 of the base, END being block aligned or the end of
+ * the disk, and fill up the last one with zeroes.  The caller frees them, and
+ * holds no lock (rule 3).  NULL if it failed, which was reported, and *ERR.
+ */
+static char *
+fetch (const struct overlay *o, const struct base *base, uint64_t start,
+       uint64_t end, int *err)
+{
+  const uint64_t padded = ROUND_UP (end, block_size (o)) - start;
+  char *bytes = malloc (padded);
+
+  if (!bytes) {
+    *err = errno;
+    nbdkit_error ("malloc: %m");
+    return NULL;
+  }
+  if (base_read (base, bytes, end - start, start, err) == -1) {
+    free (bytes);
+    return NULL;
+  }
+  memset (bytes + (end - start), 0, padded - (end - start));
+  return bytes;
+}
+
+/* Put BYTES, which fetch read, into those of their blocks that are holes still
+ * (the second look of rule 3).  0 or an errno value; reports nothing.
+ */
+static int
+keep (struct overlay *o, char *bytes, uint64_t start, uint64_t end)
+{
+  CLEANUP_CHANGE struct change c;
+  int err;
+
+  end = ROUND_UP (end, block_size (o));
+  err = change_begin (&c, o, start, end);
+  if (err)
+    return err;
+  for (size_t i = 0; i < c.count; ++i)
+    c.slots[i].allocate = bitmap_holes (c.slots[i].found.state)
+                          & blocks_in_slot (&c, i, start, end);
+  err = change_take_places (&c);
+
+  for (uint64_t pos = start; pos < end && !err;) {
+    const struct run run = find_run (o, pos, end);
+    const struct iovec part
+      = { .iov_base = bytes + (pos - start), .iov_len = run.length };
+
+    if (run.state == BLOCK_HOLE)
+      err = change_write (&c, &part, 1, pos);
+    pos += run.length;
+  }
+  return change_end (&c, err);
+}
+
+/*----------------------------------------------------------------------
+ * Requests
+ */
+
+/* Read a run of holes.  Caller holds no lock. */
+static int
+read_holes (struct overlay *o, const struct base *base, enum on_read on_read,
+            void *buf, uint64_t offset, uint64_t end, int *err)
+{
+  CLEANUP_FREE char *bytes = NULL;
+
+  if (on_read == ON_READ_PASS)
+    return base_read (base, buf, end - offset, offset, err);
+
+  const uint64_t start = ROUND_DOWN (offset, block_size (o));
+  const uint64_t stop = MIN (ROUND_UP (end, block_size (o)), o->size);
+
+  bytes = fetch (o, base, start, stop, err);
+  if (!bytes)
+    return -1;
+  memcpy (buf, bytes + (offset - start), end - offset);
+
+  /* The client has what it asked for, kept or not. */
+  errno = keep (o, bytes, start, stop);
+  if (errno)
+    nbdkit_debug ("cow: not kept in the overlay: %m");
+  return 0;
+}
+
+int
+blk_read (struct overlay *o, const struct base *base, enum on_read on_read,
+          void *buf, uint32_t count, uint64_t offset, int *err)
+{
+  const uint64_t end = offset + count;
+
+  while (offset < end) {
+    struct run run;
+
+    /* Rule 4: the file is read under the request lock, without slot locks.
+     * Should a block be zeroed and punched meanwhile, the zeroes are as good
+     * an answer as what was there.
+     */
+    {
+      READ_LOCK_FOR_SCOPE (&o->request_lock);
+      run = find_run (o, offset, end);
+      if (run.state == BLOCK_ALLOCATED
+          && store_read (&o->store, buf, run.length, run.file_offset) == -1) {
+        *err = overlay_error (o, errno);
+        return -1;
+      }
+    }
+
+    if (run.state == BLOCK_ZERO)
+      memset (buf, 0, run.length);
+    else if (run.state == BLOCK_HOLE
+             && read_holes (o, base, on_read, buf, offset, offset + run.length,
+                            err)
+                  == -1)
+      return -1;
+
+    buf = (char *) buf + run.length;
+    offset += run.length;
+  }
+  return 0;
+}
+
+/* Write to blocks that were all allocated a moment ago.  Caller holds the
+ * request lock, but no slot lock: another request may zero a block meanwhile.
+ * That one overlaps this one, and the block is as it would be had it come last;
+ * so there is nothing to write.
+ */
+static int
+overwrite (const struct overlay *o, const char *buf, uint64_t offset,
+           uint64_t end)
+{
+  while (offset < end) {
+    const struct run run = find_run (o, offset, end);
+    struct iovec part = { .iov_base = (char *) buf, .iov_len = run.length };
+
+    if (run.state == BLOCK_ALLOCATED
+        && store_writev (&o->store, &part, 1, run.file_offset) == -1)
+      return errno;
+    buf += run.length;
+    offset += run.length;
+  }
+  return 0;
+}
+
+/* Write to blocks of any state.  What the request leaves out of the blocks at
+ * its ends is in E.
+ */
+static int
+write_blocks (struct overlay *o, const char *buf, const struct edges *e)
+{
+  const uint64_t bs = block_size (o);
+  CLEANUP_CHANGE struct change c;
+  struct iovec before = { .iov_len = 0 }, after = { .iov_len = 0 };
+  int err = change_begin (&c, o, e->offset, e->end);
+
+  if (err)
+    return err;
+  for (size_t i = 0; i < c.count; ++i)
+    c.slots[i].allocate = blocks_in_slot (&c, i, e->head, e->tail + bs);
+
+  /* Rule 5.  A block that is allocated gets the request's own bytes and no
+   * others, for somebody else may be writing those.  Any other one is written
+   * whole: a hole with the base's bytes, which it also was when they were read
+   * as it cannot have become one since; a zero block, which may have been a
+   * hole then, with zeroes.
+   */
+  if (e->before > 0 && found_state (&c, e->head) != BLOCK_ALLOCATED) {
+    before = (struct iovec) { .iov_base = e->bytes, .iov_len = e->before };
+    if (found_state (&c, e->head) == BLOCK_ZERO)
+      memset (before.iov_base, 0, before.iov_len);
+  }
+  if (e->after > 0 && found_state (&c, e->tail) != BLOCK_ALLOCATED) {
+    after = (struct iovec) { .iov_base = tail_bytes (e, o) + (bs - e->after),
+                             .iov_len = e->after };
+    if (found_state (&c, e->tail) == BLOCK_ZERO)
+      memset (after.iov_base, 0, after.iov_len);
+  }
+
+  err = change_take_places (&c);
+  if (!err) {
+    const struct iovec parts[MAX_PARTS] = {
+      before,
+      { .iov_base = (char *) buf, .iov_len = e->end - e->offset },
+      after,
+    };
+
+    err = change_write (&c, parts, MAX_PARTS, e->offset - before.iov_len);
+  }
+  return change_end (&c, err);
+}
+
+int
+blk_write (struct overlay *o, const struct base *base, const void *buf,
+           uint32_t count, uint64_t offset, int *err)
+{
+  CLEANUP_EDGES struct edges edges = { .bytes = NULL };
+  bool done = false;
+  int r = 0;
+
+  /* Rule 4: all blocks are looked at before the first byte is written, and the
+   * request lock is held until the bytes are in the file.  Should a block be
+   * zeroed between its last look and the write, the bytes count for nothing:
+   * whoever allocates it again writes it whole (rule 5).
+   */
+  {
+    READ_LOCK_FOR_SCOPE (&o->request_lock);
+    if (all_allocated (o, offset, offset + count)) {
+      r = overwrite (o, buf, offset, offset + count);
+      done = true;
+    }
+    else
+      edges_look (&edges, o, count, offset);
+  }
+
+  if (!done) {
+    if (edges_read (&edges, o, base, err) == -1)
+      return -1;
+    r = write_blocks (o, buf, &edges);
+  }
+  if (r) {
+    *err = overlay_error (o, r);
+    return -1;
+  }
+  return 0;
+}
+
+/* Zero the bytes of the request that are in the block at BLOCK, one of those at
+ * its ends that it does not cover wholly.
+ */
+static int
+zero_edge (struct change *c, const struct edges *e, uint64_t block)
+{
+  const uint64_t bs = block_size (c->o);
+  const uint64_t from = MAX (e->offset, block);
+  const uint64_t to = MIN (e->end, block + bs);
+  char *bytes = block == e->head ? e->bytes : tail_bytes (e, c->o);
+  struct iovec part = { .iov_base = bytes, .iov_len = bs };
+
+  memset (bytes + (from - block), 0, to - from);
+
+  switch (found_state (c, block)) {
+  case BLOCK_HOLE: /* written whole, rule 5 */
+    return change_write (c, &part, 1, block);
+
+  case BLOCK_ALLOCATED: /* just the request's own bytes */
+    part.iov_base = bytes + (from - block);
+    part.iov_len = to - from;
+    return change_write (c, &part, 1, from);
+
+  case BLOCK_ZERO:
+  default:
+    return 0;
+  }
+}
+
+/* The blocks of a slot that were allocated and that the change made zero. */
+static uint32_t
+zeroed_blocks (const struct slot_change *s)
+{
+  return bitmap_allocated (s->found.state) & s->zero;
+}
+
+/* A range of the file with nothing in it that counts. */
+struct gap {
+  uint64_t start, end;
+  bool worth_punching; /* there may be bytes to give back */
+};
+
+static void
+punch_gap (const struct overlay *o, struct gap *gap)
+{
+  if (gap->worth_punching)
+    store_punch (&o->store, gap->start, gap->end - gap->start);
+  gap->worth_punching = false;
+}
+
+/* Punch what is not allocated in the places of COUNT slots, which lie one
+ * behind the other, in one short hold of both locks (rule 6): the zero blocks,
+ * and the holes between them, so that fewer and longer ranges are punched.
+ * Whoever is about to write to any of these blocks needs the slot lock.
+ */
+static void
+punch_slots (struct overlay *o, const struct slot_change *slots, size_t count)
+{
+  struct gap gap = { .worth_punching = false };
+  uint64_t stripes = 0;
+
+  for (size_t i = 0; i < count; ++i)
+    stripes |= stripes_of (slots[i].nr, 1);
+  lock_stripes (o, stripes);
+  pthread_rwlock_rdlock (&o->request_lock);
+
+  for (size_t i = 0; i < count; ++i) {
+    const struct slot_pair pair = slot_load (map_find (&o->map, slots[i].nr));
+    uint32_t unused = ~bitmap_allocated (pair.state);
+
+    while (unused) {
+      const unsigned first = (unsigned) __builtin_ctz (unused);
+      const uint32_t run
+        = bitmap_mask (first, bitmap_run_of_ones (unused, first));
+      const uint64_t start
+        = (pair.place << o->slot_shift) + ((uint64_t) first << o->block_shift);
+
+      if (start != gap.end) {
+        punch_gap (o, &gap);
+        gap.start = start;
+      }
+      gap.end
+        = start + ((uint64_t) __builtin_popcount (run) << o->block_shift);
+      gap.worth_punching |= (zeroed_blocks (&slots[i]) & run) != 0;
+      unused &= ~run;
+    }
+  }
+  punch_gap (o, &gap);
+
+  pthread_rwlock_unlock (&o->request_lock);
+  unlock_stripes (o, stripes);
+}
+
+static int
+compare_places (const void *a, const void *b)
+{
+  const struct slot_change *slot_a = a, *slot_b = b;
+
+  return (slot_a->place > slot_b->place) - (slot_a->place < slot_b->place);
+}
+
+/* Give back the bytes of the blocks that C has turned from allocated to zero,
+ * a few MiB at a time: in one piece nobody else could use the file meanwhile,
+ * in very small ones the file system needs several times as long.  C's locks
+ * were let go.
+ */
+static void
+punch_zeroed (struct change *c)
+{
+  const size_t most = MAX (PUNCH_BYTES >> c->o->slot_shift, 1);
+  size_t count = 0;
+
+  for (size_t i = 0; i < c->count; ++i)
+    if (zeroed_blocks (&c->slots[i]))
+      c->slots[count++] = c->slots[i];
+  qsort (c->slots, count, sizeof *c->slots, compare_places);
+
+  for (size_t i = 0, next; i < count; i = next) {
+    next = i + 1;
+    while (next < count && next - i < most
+           && c->slots[next].place == c->slots[i].place + (next - i))
+      next++;
+    punch_slots (c->o, &c->slots[i], next - i);
+  }
+}
+
+static int
+zero_blocks (struct overlay *o, const struct edges *e)
+{
+  const uint64_t bs = block_size (o);
+  const bool head_partial = e->before > 0;
+  const bool tail_partial = e->after > 0 && e->end < o->size;
+  const uint64_t whole_start = head_partial ? e->head + bs : e->head;
+  const uint64_t whole_end = tail_partial ? e->tail : e->tail + bs;
+  uint64_t partial[2];
+  unsigned nr_partial = 0;
+  CLEANUP_CHANGE struct change c;
+  int err = change_begin (&c, o, e->offset, e->end);
+
+  if (err)
+    return err;
+  for (size_t i = 0; i < c.count; ++i)
+    c.slots[i].zero = blocks_in_slot (&c, i, whole_start, whole_end);
+
+  if (head_partial)
+    partial[nr_partial++] = e->head;
+  if (tail_partial && !(head_partial && e->tail == e->head))
+    partial[nr_partial++] = e->tail;
+
+  /* Of these blocks only holes change state: they become allocated. */
+  for (unsigned i = 0; i < nr_partial; ++i)
+    if (found_state (&c, partial[i]) == BLOCK_HOLE)
+      change_at (&c, partial[i])->allocate
+        |= bitmap_mask (partial[i] >> o->block_shift & (SLOT_BLOCKS - 1), 1);
+  err = change_take_places (&c);
+  for (unsigned i = 0; i < nr_partial && !err; ++i)
+    err = zero_edge (&c, e, partial[i]);
+
+  err = change_end (&c, err);
+  if (!err)
+    punch_zeroed (&c);
+  return err;
+}
+
+int
+blk_zero (struct overlay *o, const struct base *base, enum zero_effort effort,
+          uint32_t count, uint64_t offset, int *err)
+{
+  CLEANUP_EDGES struct edges edges = { .bytes = NULL };
+  int r;
+
+  {
+    READ_LOCK_FOR_SCOPE (&o->request_lock);
+    edges_look (&edges, o, count, offset);
+  }
+
+  /* Before anything was changed.  A block does not become a hole later. */
+  if (effort == ZERO_FAST && (edges.need_before || edges.need_after)) {
+    *err = ENOTSUP;
+    return -1;
+  }
+
+  if (edges_read (&edges, o, base, err) == -1) {
+    /* nbdkit aborts on these two where the client did not ask for speed. */
+    if (*err == ENOTSUP || *err == EOPNOTSUPP)
+      *err = EIO;
+    return -1;
+  }
+  r = zero_blocks (o, &edges);
+  if (r) {
+    *err = overlay_error (o, r);
+    return -1;
+  }
+  return 0;
+}
+
+/* Read a run of holes, START .. END-1, into the overlay, in pieces that the
+ * base takes.  Caller holds no lock.
+ */
+static int
+prefetch_and_keep (struct overlay *o, const struct base *base, uint64_t start,
+                   uint64_t end, int *err)
+{
+  const uint64_t bs = block_size (o);
+  const uint64_t longest = MAX (ROUND_DOWN (base->max_request, bs), bs);
+
+  while (start < end) {
+    const uint64_t piece_end = MIN (end, start + longest);
+    CLEANUP_FREE char *bytes = fetch (o, base, start, piece_end, err);
+
+    if (!bytes)
+      return -1;
+
+    const int r = keep (o, bytes, start, piece_end);
+    if (r) {
+      *err = overlay_error (o, r);
+      return -1;
+    }
+    start = piece_end;
+  }
+  return 0;
+}
+
+int
+blk_cache (struct overlay *o, const struct base *base, enum on_cache on_cache,
+           uint32_t count, uint64_t offset, int *err)
+{
+  uint64_t pos = ROUND_DOWN (offset, block_size (o));
+  const uint64_t end
+    = MIN (ROUND_UP (offset + count, block_size (o)), o->size);
+
+  while (pos < end) {
+    struct run run;
+    int r = 0;
+
+    {
+      READ_LOCK_FOR_SCOPE (&o->request_lock);
+      run = find_run (o, pos, end);
+      if (run.state == BLOCK_ALLOCATED)
+        store_prefetch (&o->store, run.file_offset, run.length);
+    }
+    if (run.state == BLOCK_HOLE && on_cache == ON_CACHE_KEEP)
+      r = prefetch_and_keep (o, base, pos, pos + run.length, err);
+    else if (run.state == BLOCK_HOLE)
+      r = base_cache (base, run.length, pos, err);
+    if (r == -1)
+      return -1;
+    pos += run.length;
+  }
+  return 0;
+}
+
+int
+blk_extents (struct overlay *o, const struct base *base, uint32_t count,
+             uint64_t offset, uint32_t flags, struct nbdkit_extents *extents,
+             int *err)
+{
+  const bool only_one = flags & NBDKIT_FLAG_REQ_ONE;
+  const uint64_t end = offset + count;
+  bool asked_base = false;
+
+  /* nbdkit_add_extent merges what touches and is of one kind.  So the first
+   * extent is finished when there is a second one.
+   */
+  while (offset < end && !(only_one && nbdkit_extents_count (extents) > 1)) {
+    uint32_t type = 0;
+    struct run run;
+
+    {
+      READ_LOCK_FOR_SCOPE (&o->request_lock);
+      run = find_run (o, offset, end);
+    }
+
+    if (run.state == BLOCK_HOLE && base->can_extents) {
+      uint64_t covered;
+
+      if (only_one && asked_base)
+        break;
+      asked_base = true;
+      if (base_extents (base, run.length, offset, flags, extents, &covered,
+                        err)
+          == -1)
+        return -1;
+      offset += covered;
+      if (covered < run.length)
+        break;
+      continue;
+    }
+
+    if (run.state == BLOCK_ZERO)
+      type = NBDKIT_EXTENT_HOLE | NBDKIT_EXTENT_ZERO;
+    if (nbdkit_add_extent (extents, offset, run.length, type) == -1) {
+      *err = errno;
+      return -1;
+    }
+    offset += run.length;
+  }
+  return 0;
+}

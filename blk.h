@@ -1,0 +1,81 @@
+/* Block operations on an overlay: one writable disk on top of a base.
+ *
+ * The disk's size is the base's.  All offsets and counts are in bytes, any
+ * alignment, inside the disk, counts not 0.  All functions may be called by
+ * any number of threads at once, and take no lock that they still hold while
+ * the base is read.  They return 0, or -1 with a positive errno value in *ERR
+ * after reporting the reason with nbdkit_error.
+ */
+
+#ifndef COW_BLK_H
+#define COW_BLK_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include <nbdkit-filter.h>
+
+#include "base.h"
+
+struct overlay;
+
+/* Make an overlay for a disk of SIZE bytes, in blocks of BLOCK_SIZE bytes (a
+ * power of two), whose file will be made in DIR, which must live as long.
+ * Allocates next to nothing until something is written.  NULL and errno.
+ */
+extern struct overlay *overlay_new (uint64_t size, uint32_t block_size,
+                                    const char *dir);
+
+/* Throw an overlay away.  No request may be under way.  NULL is allowed. */
+extern void overlay_free (struct overlay *overlay);
+
+/* The size it was made with. */
+extern uint64_t overlay_size (const struct overlay *overlay);
+
+/* Was the disk ever changed, that is, is there a block that is not a hole? */
+extern bool overlay_is_changed (const struct overlay *overlay);
+
+/* What a read does with bytes that it had to get from the base. */
+enum on_read {
+  ON_READ_PASS, /* nothing */
+  ON_READ_KEEP, /* their blocks are kept in the overlay (cow-on-read) */
+};
+
+extern int blk_read (struct overlay *overlay, const struct base *base,
+                     enum on_read on_read, void *buf, uint32_t count,
+                     uint64_t offset, int *err);
+
+extern int blk_write (struct overlay *overlay, const struct base *base,
+                      const void *buf, uint32_t count, uint64_t offset,
+                      int *err);
+
+/* How much a zero may do. */
+enum zero_effort {
+  ZERO_ANY,  /* whatever it needs */
+  ZERO_FAST, /* ENOTSUP, silently, where it would have to read the base */
+};
+
+/* Make a range read as zeroes; this is what trim does as well. */
+extern int blk_zero (struct overlay *overlay, const struct base *base,
+                     enum zero_effort effort, uint32_t count, uint64_t offset,
+                     int *err);
+
+/* What a prefetch does with blocks that are holes. */
+enum on_cache {
+  ON_CACHE_PASS, /* lets the base prefetch them, if it can */
+  ON_CACHE_KEEP, /* reads them into the overlay (cow-on-cache) */
+};
+
+extern int blk_cache (struct overlay *overlay, const struct base *base,
+                      enum on_cache on_cache, uint32_t count, uint64_t offset,
+                      int *err);
+
+/* Add to EXTENTS the states of a range: exact at the block, holes as the base
+ * describes them.  With NBDKIT_FLAG_REQ_ONE in FLAGS possibly only the first
+ * extent, and asks the base at most once.
+ */
+extern int blk_extents (struct overlay *overlay, const struct base *base,
+                        uint32_t count, uint64_t offset, uint32_t flags,
+                        struct nbdkit_extents *extents, int *err);
+
+#endif /* COW_BLK_H */

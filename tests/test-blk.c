@@ -1,0 +1,850 @@
+/* Block operations without a server: interleavings that are forced, calls that
+ * fail one after the other, and many threads.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "blk.h"
+#include "cleanup.h"
+#include "faults.h"
+#include "nbdkit-stubs.h"
+
+#define BLOCK UINT32_C (4096)
+#define SLOT (32 * BLOCK)
+/* Four slots and a bit; the last block is not a whole one. */
+#define SIZE (4 * SLOT + 3 * BLOCK + 777)
+
+static uint8_t base_bytes[SIZE];
+static struct fake_base fake;
+static struct base base;
+static struct overlay *overlay;
+static int err;
+
+static int
+set_up (void **state)
+{
+  (void) state;
+  for (unsigned i = 0; i < SIZE; ++i)
+    base_bytes[i] = (uint8_t) (1 + i % 251); /* never 0 */
+  fake = (struct fake_base) {
+    .bytes = base_bytes,
+    .size = SIZE,
+    .can_extents = true,
+    .can_cache = NBDKIT_CACHE_NATIVE,
+  };
+  assert_int_equal (base_init (&base, fake_next (&fake)), 0);
+  overlay = overlay_new (SIZE, BLOCK, "/var/tmp");
+  assert_non_null (overlay);
+  err = 0;
+  nr_errors = 0;
+  nr_punches = 0;
+  return 0;
+}
+
+static int
+tear_down (void **state)
+{
+  (void) state;
+  fail_calls_from (0, 0);
+  short_transfers = fail_punches = no_tmpfile = false;
+  overlay_free (overlay);
+  return 0;
+}
+
+#define WITH_OVERLAY(test)                                                    \
+  cmocka_unit_test_setup_teardown (test, set_up, tear_down)
+
+/* The disk as it is now, in BYTES. */
+static void
+read_disk (uint8_t bytes[SIZE])
+{
+  assert_int_equal (
+    blk_read (overlay, &base, ON_READ_PASS, bytes, SIZE, 0, &err), 0);
+}
+
+/*----------------------------------------------------------------------
+ * Operations, as data
+ */
+
+enum kind {
+  WRITE,
+  ZERO,
+  FAST_ZERO,
+  READ_AND_KEEP,
+  CACHE_AND_KEEP,
+};
+
+struct op {
+  enum kind kind;
+  uint32_t count;
+  uint64_t offset;
+  uint8_t fill; /* of a write */
+};
+
+/* BUF has SIZE bytes. */
+static int
+run_op_with (uint8_t *buf, const struct op *op, int *op_err)
+{
+  switch (op->kind) {
+  case WRITE:
+    memset (buf, op->fill, op->count);
+    return blk_write (overlay, &base, buf, op->count, op->offset, op_err);
+  case ZERO:
+    return blk_zero (overlay, &base, ZERO_ANY, op->count, op->offset, op_err);
+  case FAST_ZERO:
+    return blk_zero (overlay, &base, ZERO_FAST, op->count, op->offset, op_err);
+  case READ_AND_KEEP:
+    return blk_read (overlay, &base, ON_READ_KEEP, buf, op->count, op->offset,
+                     op_err);
+  case CACHE_AND_KEEP:
+  default:
+    return blk_cache (overlay, &base, ON_CACHE_KEEP, op->count, op->offset,
+                      op_err);
+  }
+}
+
+static int
+run_op (const struct op *op, int *op_err)
+{
+  static _Thread_local uint8_t buf[SIZE];
+
+  return run_op_with (buf, op, op_err);
+}
+
+/* What the operation does to a disk in memory. */
+static void
+model_op (const struct op *op, uint8_t *model)
+{
+  if (op->kind == WRITE)
+    memset (model + op->offset, op->fill, op->count);
+  else if (op->kind == ZERO || op->kind == FAST_ZERO)
+    memset (model + op->offset, 0, op->count);
+}
+
+static void
+check_disk (const uint8_t *model)
+{
+  static uint8_t bytes[SIZE];
+
+  read_disk (bytes);
+  for (unsigned i = 0; i < SIZE; ++i)
+    if (bytes[i] != model[i])
+      fail_msg ("byte %u: expected %u, got %u", i, model[i], bytes[i]);
+}
+
+static void
+do_op (struct op op)
+{
+  assert_int_equal (run_op (&op, &err), 0);
+}
+
+/*----------------------------------------------------------------------
+ * Plain behaviour
+ */
+
+static void
+untouched_disk_reads_as_the_base (void **state)
+{
+  (void) state;
+  check_disk (base_bytes);
+  assert_false (overlay_is_changed (overlay));
+  assert_int_equal (fake.nr_reads, 1); /* one run, one request */
+}
+
+/* Each operation at each kind of edge, from each of the three states. */
+static void
+every_edge_from_every_state (void **state)
+{
+  static const uint64_t edges[] = {
+    0,          1,          BLOCK - 1, BLOCK,    BLOCK + 1,
+    2 * BLOCK,  SLOT - 1,   SLOT,      SLOT + 5, 2 * SLOT + 3 * BLOCK,
+    SIZE - 778, SIZE - 777, SIZE - 1,  SIZE,
+  };
+  const unsigned n = sizeof edges / sizeof edges[0];
+  static uint8_t model[SIZE];
+
+  for (unsigned from = 0; from < 3; ++from)
+    for (enum kind kind = WRITE; kind <= CACHE_AND_KEEP; ++kind)
+      for (unsigned i = 0; i < n; ++i)
+        for (unsigned j = i + 1; j < n; ++j) {
+          const struct op op = {
+            .kind = kind,
+            .offset = edges[i],
+            .count = (uint32_t) (edges[j] - edges[i]),
+            .fill = 'x',
+          };
+
+          tear_down (state);
+          set_up (state);
+          memcpy (model, base_bytes, SIZE);
+          if (from > 0) {
+            const struct op first = { .kind = from == 1 ? WRITE : ZERO,
+                                      .count = SIZE,
+                                      .fill = 'o' };
+
+            do_op (first);
+            model_op (&first, model);
+          }
+          if (run_op (&op, &err) == -1) {
+            assert_int_equal (kind, FAST_ZERO);
+            assert_int_equal (err, ENOTSUP);
+            assert_int_equal (from, 0);
+            assert_false (overlay_is_changed (overlay));
+          }
+          else
+            model_op (&op, model);
+          assert_int_equal (nr_errors, 0);
+          if (from > 0)
+            assert_int_equal (fake.nr_reads, 0);
+          check_disk (model);
+        }
+}
+
+/* Reads of the base, in requests and in bytes. */
+static void
+base_is_read_once_and_no_more (void **state)
+{
+  static const struct {
+    struct op op;
+    unsigned requests;
+    uint64_t bytes;
+  } cases[] = {
+    { { WRITE, BLOCK, 0, 'x' }, 0, 0 },
+    { { WRITE, 3 * SLOT, BLOCK, 'x' }, 0, 0 },
+    { { WRITE, SIZE - 2 * BLOCK, 2 * BLOCK, 'x' }, 0, 0 },
+    { { WRITE, 777, SIZE - 777, 'x' }, 0, 0 },
+    { { WRITE, 776, SIZE - 776, 'x' }, 1, 1 },
+    { { WRITE, 10, 100, 'x' }, 1, BLOCK },
+    { { WRITE, BLOCK, 100, 'x' }, 1, 2 * BLOCK },
+    { { WRITE, 2 * BLOCK, 100, 'x' }, 2, BLOCK },
+    { { WRITE, BLOCK - 100, 100, 'x' }, 1, 100 },
+    { { WRITE, BLOCK + 100, 0, 'x' }, 1, BLOCK - 100 },
+    { { ZERO, SIZE, 0, 0 }, 0, 0 },
+    { { ZERO, BLOCK + 10, BLOCK, 0 }, 1, BLOCK - 10 },
+    { { READ_AND_KEEP, 10, 100, 0 }, 1, BLOCK },
+    { { READ_AND_KEEP, SIZE, 0, 0 }, 1, SIZE },
+    { { CACHE_AND_KEEP, SLOT, 5, 0 }, 1, SLOT + BLOCK },
+  };
+
+  for (unsigned i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    tear_down (state);
+    set_up (state);
+    do_op (cases[i].op);
+    if (fake.nr_reads != cases[i].requests
+        || fake.bytes_read != cases[i].bytes)
+      fail_msg ("case %u: %u requests of %lu bytes", i, fake.nr_reads,
+                (unsigned long) fake.bytes_read);
+    do_op (cases[i].op);
+    assert_int_equal (fake.nr_reads, cases[i].requests);
+  }
+}
+
+/* The same disk on a base with a minimum and a maximum of its own; the stub
+ * checks every request.
+ */
+static void
+base_with_block_sizes (void **state)
+{
+  static const uint32_t minima[] = { 512, 4096, 65536 };
+  static uint8_t model[SIZE];
+
+  for (unsigned i = 0; i < 3; ++i) {
+    tear_down (state);
+    set_up (state);
+    fake.minimum = minima[i];
+    fake.maximum = 2 * minima[i];
+    fake.extent_size = 3 * BLOCK + 512;
+    assert_int_equal (base_init (&base, fake_next (&fake)), 0);
+    memcpy (model, base_bytes, SIZE);
+    srandom (i);
+    for (unsigned n = 0; n < 300; ++n) {
+      struct op op = {
+        .kind = (unsigned) random () % (CACHE_AND_KEEP + 1),
+        .offset = (unsigned) random () % SIZE,
+        .fill = (uint8_t) random (),
+      };
+      op.count = 1
+                 + (unsigned) random ()
+                     % MIN (3 * BLOCK, SIZE - (uint32_t) op.offset);
+      if (run_op (&op, &err) == 0)
+        model_op (&op, model);
+      else
+        assert_int_equal (err, ENOTSUP);
+
+      struct nbdkit_extents *x = nbdkit_extents_new (op.offset, SIZE);
+      assert_int_equal (blk_extents (overlay, &base, op.count, op.offset,
+                                     n % 2 ? NBDKIT_FLAG_REQ_ONE : 0, x, &err),
+                        0);
+      assert_true (nbdkit_extents_count (x) > 0);
+      nbdkit_extents_free (x);
+      assert_int_equal (
+        blk_cache (overlay, &base, ON_CACHE_PASS, op.count, op.offset, &err),
+        0);
+    }
+    check_disk (model);
+  }
+}
+
+/*----------------------------------------------------------------------
+ * A request arrives while another one reads the base
+ */
+
+static void
+run_inner (void *arg)
+{
+  static uint8_t buf[SIZE];
+  int inner_err;
+
+  /* A lock that is still held would hang here. */
+  assert_int_equal (run_op_with (buf, arg, &inner_err), 0);
+}
+
+static void
+nothing_is_lost_while_the_base_is_read (void **state)
+{
+  static const struct op outer[] = {
+    { WRITE, 512, BLOCK + 1024, 'o' },
+    { WRITE, BLOCK, BLOCK + 100, 'o' },
+    { WRITE, 2 * SLOT, BLOCK + 100, 'o' },
+    { ZERO, 512, BLOCK + 1024, 0 },
+    { ZERO, BLOCK, BLOCK + 100, 0 },
+    { READ_AND_KEEP, 512, BLOCK + 1024, 0 },
+    { READ_AND_KEEP, 3 * BLOCK, 0, 0 },
+    { CACHE_AND_KEEP, 3 * BLOCK, 0, 0 },
+  };
+  static struct op inner[] = {
+    { WRITE, BLOCK, BLOCK, 'i' },
+    { WRITE, 3 * BLOCK, 0, 'i' },
+    { WRITE, 512, BLOCK + 512, 'i' },
+    { WRITE, 512, 2 * BLOCK + 3000, 'i' },
+    { WRITE, 10, 5, 'i' },
+    { ZERO, BLOCK, BLOCK, 0 },
+    { ZERO, 3 * BLOCK, 0, 0 },
+    { ZERO, 100, BLOCK + 900, 0 },
+    { READ_AND_KEEP, 3 * BLOCK, 0, 0 },
+    { CACHE_AND_KEEP, BLOCK, BLOCK, 0 },
+  };
+  static uint8_t model[SIZE];
+
+  for (unsigned o = 0; o < sizeof outer / sizeof outer[0]; ++o)
+    for (unsigned i = 0; i < sizeof inner / sizeof inner[0]; ++i) {
+      tear_down (state);
+      set_up (state);
+      fake.during_read = run_inner;
+      fake.during_read_arg = &inner[i];
+      do_op (outer[o]);
+      assert_null (fake.during_read); /* it did happen */
+
+      /* The outer one changes something only after the inner one is done. */
+      memcpy (model, base_bytes, SIZE);
+      model_op (&inner[i], model);
+      model_op (&outer[o], model);
+      check_disk (model);
+    }
+}
+
+/* A block turns from hole to zero, whole or with its neighbours. */
+static void
+zeroed_while_the_base_is_read (void **state)
+{
+  static struct op first = { WRITE, BLOCK, BLOCK, 'i' };
+  static uint8_t model[SIZE];
+
+  (void) state;
+  fake.during_read = run_inner;
+  fake.during_read_arg = &first;
+  do_op ((struct op) { WRITE, 512, BLOCK, 'o' });
+  do_op ((struct op) { ZERO, BLOCK, BLOCK, 0 });
+  do_op ((struct op) { WRITE, 512, BLOCK + 512, 'p' });
+  memcpy (model, base_bytes, SIZE);
+  memset (model + BLOCK, 0, BLOCK);
+  memset (model + BLOCK + 512, 'p', 512);
+  check_disk (model);
+}
+
+/* A request arrives between any two steps of one that takes no slot lock, a
+ * write to allocated blocks or a read.  The slots stand in the file in another
+ * order than on the disk.
+ */
+static void
+run_both (void *arg)
+{
+  static uint8_t buf[SIZE];
+  const struct op *const *ops = arg;
+  int inner_err;
+
+  for (; *ops; ++ops)
+    assert_int_equal (run_op_with (buf, *ops, &inner_err), 0);
+}
+
+/* Is every byte as one of the orders of the two requests leaves it? */
+static void
+check_either (const uint8_t *got, const uint8_t *one, const uint8_t *other)
+{
+  for (unsigned i = 0; i < SIZE; ++i)
+    if (got[i] != one[i] && got[i] != other[i])
+      fail_msg ("byte %u: expected %u or %u, got %u", i, one[i], other[i],
+                got[i]);
+}
+
+static void
+requests_without_slot_locks_are_interrupted (void **state)
+{
+  static const struct op zero = { ZERO, 2 * SLOT, SLOT / 2, 0 };
+  static const struct op zero_block = { ZERO, BLOCK, SLOT, 0 };
+  static const struct op small = { WRITE, 10, SLOT + 5, 's' };
+  static const struct op big = { WRITE, 3 * SLOT, 0, 'b' };
+  static const struct op *const inner[][4] = {
+    { &zero, NULL },         { &zero_block, NULL },
+    { &zero, &small, NULL }, { &zero_block, &small, NULL },
+    { &zero, &big, NULL },   { &big, &zero, &small, NULL },
+  };
+  static const struct op outer[] = {
+    { WRITE, SIZE - 200, 100, 'o' },
+    { WRITE, 100, SLOT + 100, 'o' },
+    { WRITE, 2 * BLOCK, 2 * SLOT - BLOCK, 'o' },
+  };
+  static uint8_t model[SIZE], inner_last[SIZE], outer_last[SIZE], got[SIZE];
+  bool interrupted;
+
+  for (unsigned o = 0; o < 2 * sizeof outer / sizeof outer[0]; ++o)
+    for (unsigned i = 0; i < sizeof inner / sizeof inner[0]; ++i)
+      for (int n = 1;; ++n) {
+        const struct op *op = &outer[o / 2];
+
+        tear_down (state);
+        set_up (state);
+        for (int slot = 4; slot >= 0; --slot)
+          do_op ((struct op) {
+            .kind = WRITE,
+            .count = MIN (SLOT, SIZE - (uint32_t) slot * SLOT),
+            .offset = (uint64_t) slot * SLOT,
+            .fill = (uint8_t) ('0' + slot),
+          });
+        read_disk (model);
+        memcpy (inner_last, model, SIZE);
+        if (o % 2 == 0)
+          model_op (op, inner_last);
+        for (const struct op *const *in = inner[i]; *in; ++in)
+          model_op (*in, inner_last);
+
+        interrupt_call (n, run_both, (void *) inner[i]);
+        if (o % 2 == 0)
+          do_op (*op);
+        else
+          read_disk (got);
+        interrupted = call_was_interrupted ();
+        if (!interrupted) {
+          assert_true (n > 2);
+          break;
+        }
+
+        if (o % 2 == 0) {
+          memcpy (outer_last, inner_last, SIZE);
+          model_op (op, outer_last);
+          read_disk (got);
+          check_either (got, inner_last, outer_last);
+        }
+        else {
+          check_either (got, model, inner_last);
+          check_disk (inner_last);
+        }
+      }
+}
+
+/* Rule 6: a zero punches late, and then only what is still zero.  In front of
+ * the last lock that it takes, the one for punching, the block is written
+ * again.
+ */
+static void
+written_again_before_the_punch (void **state)
+{
+  static const struct op again = { WRITE, BLOCK, SLOT, 'a' };
+  static const struct op *const inner[] = { &again, NULL };
+  static uint8_t model[SIZE];
+  bool last_was_kept = false;
+
+  for (int n = 1;; ++n) {
+    tear_down (state);
+    set_up (state);
+    do_op ((struct op) { WRITE, BLOCK, SLOT, 'w' });
+    memcpy (model, base_bytes, SIZE);
+    interrupt_mutex (n, run_both, (void *) inner);
+    do_op ((struct op) { ZERO, BLOCK, SLOT, 0 });
+    if (!call_was_interrupted ())
+      break;
+
+    uint8_t byte;
+    assert_int_equal (
+      blk_read (overlay, &base, ON_READ_PASS, &byte, 1, SLOT, &err), 0);
+    last_was_kept = byte == 'a';
+    memset (model + SLOT, last_was_kept ? 'a' : 0, BLOCK);
+    check_disk (model);
+  }
+  assert_true (last_was_kept);
+}
+
+/*----------------------------------------------------------------------
+ * Failures
+ */
+
+/* The states of all blocks, one character each. */
+static void
+read_states (char states[SIZE / BLOCK + 2])
+{
+  unsigned n = 0;
+
+  /* The base says "data" where it is asked, so have it say "hole". */
+  for (uint64_t offset = 0; offset < SIZE; offset += BLOCK) {
+    struct nbdkit_extents *x = nbdkit_extents_new (offset, SIZE);
+    const unsigned asked = fake.nr_extents;
+
+    assert_int_equal (blk_extents (overlay, &base,
+                                   (uint32_t) MIN (BLOCK, SIZE - offset),
+                                   offset, 0, x, &err),
+                      0);
+    states[n++] = fake.nr_extents != asked             ? 'h'
+                  : nbdkit_get_extent (x, 0).type == 0 ? 'a'
+                                                       : 'z';
+    nbdkit_extents_free (x);
+  }
+  states[n] = '\0';
+}
+
+/* Every call that an operation makes fails in turn; then the operation gets
+ * the error, all states are what they were, and so is every byte but those of
+ * the request in blocks that had been allocated.  After that it succeeds.
+ */
+static void
+check_every_failure (void **state, struct op op, int with)
+{
+  const struct op before[] = {
+    { WRITE, 5 * BLOCK, 3 * BLOCK + 1000, 'b' },
+    { ZERO, 3 * BLOCK, 20 * BLOCK, 0 },
+    { WRITE, 10, SLOT + 5 * BLOCK, 'c' },
+    { ZERO, SLOT, SLOT + 10 * BLOCK, 0 },
+  };
+  static uint8_t model[SIZE], bytes[SIZE];
+  char states[SIZE / BLOCK + 2], states_after[SIZE / BLOCK + 2];
+
+  for (int n = 1;; ++n) {
+    int r, failed, op_err = 0;
+
+    tear_down (state);
+    set_up (state);
+    memcpy (model, base_bytes, SIZE);
+    for (unsigned i = 0; i < sizeof before / sizeof before[0]; ++i) {
+      do_op (before[i]);
+      model_op (&before[i], model);
+    }
+    read_states (states);
+
+    fail_calls_from (n, with);
+    r = run_op (&op, &op_err);
+    failed = call_has_failed ();
+
+    if (!failed) {
+      assert_int_equal (r, 0);
+      model_op (&op, model);
+      check_disk (model);
+      assert_true (n > 1);
+      return;
+    }
+    if (op.kind == READ_AND_KEEP && r == 0) /* not kept, but read */
+      ;
+    else {
+      assert_int_equal (r, -1);
+      /* A read goes on after it could not keep something. */
+      if (!(op.kind == READ_AND_KEEP && op_err == ENOMEM))
+        assert_int_equal (op_err, failed == EOPNOTSUPP ? EIO : failed);
+      assert_true (nr_errors > 0);
+    }
+
+    read_states (states_after);
+    if (op.kind == READ_AND_KEEP || op.kind == CACHE_AND_KEEP) {
+      /* One step for each run of holes: those before may have been kept. */
+      for (unsigned i = 0; states[i]; ++i)
+        if (states[i] == 'h' && states_after[i] == 'a')
+          states_after[i] = 'h';
+    }
+    assert_string_equal (states_after, states);
+    read_disk (bytes);
+    for (uint64_t i = 0; i < SIZE; ++i) {
+      if (bytes[i] == model[i])
+        continue;
+      if (states[i / BLOCK] == 'a' && i - op.offset < op.count)
+        continue;
+      fail_msg ("call %d failed: byte %lu: expected %u, got %u", n,
+                (unsigned long) i, model[i], bytes[i]);
+    }
+
+    do_op (op);
+    model_op (&op, model);
+    check_disk (model);
+  }
+}
+
+static void
+every_failure_leaves_the_map_as_it_was (void **state)
+{
+  static const struct op ops[] = {
+    { WRITE, SIZE, 0, 'x' },
+    { WRITE, SLOT + 100, BLOCK + 100, 'x' },
+    { WRITE, 100, 21 * BLOCK + 5, 'x' },
+    { WRITE, 100, SIZE - 100, 'x' },
+    { WRITE, BLOCK, 4 * BLOCK, 'x' },
+    { ZERO, SLOT + 100, BLOCK + 100, 0 },
+    { ZERO, SIZE, 0, 0 },
+    { ZERO, 100, SIZE - 200, 0 },
+    { READ_AND_KEEP, SLOT + 100, BLOCK + 100, 0 },
+    { CACHE_AND_KEEP, SIZE - 5, 5, 0 },
+  };
+  static const int errors[] = { ENOSPC, EOPNOTSUPP };
+
+  for (unsigned i = 0; i < sizeof ops / sizeof ops[0]; ++i)
+    for (unsigned j = 0; j < 2; ++j)
+      check_every_failure (state, ops[i], errors[j]);
+}
+
+static void
+first_write_cannot_make_the_file (void **state)
+{
+  static uint8_t buf[BLOCK];
+
+  (void) state;
+  overlay_free (overlay);
+  overlay = overlay_new (SIZE, BLOCK, "/nonexistent/dir");
+  assert_int_equal (blk_write (overlay, &base, buf, BLOCK, 0, &err), -1);
+  assert_int_equal (err, ENOENT);
+  assert_non_null (strstr (last_error, "/nonexistent/dir"));
+  assert_false (overlay_is_changed (overlay));
+  check_disk (base_bytes);
+}
+
+static void
+failing_punches_fail_nothing (void **state)
+{
+  static uint8_t model[SIZE];
+
+  (void) state;
+  fail_punches = true;
+  do_op ((struct op) { WRITE, SIZE, 0, 'x' });
+  do_op ((struct op) { ZERO, SIZE, 0, 0 });
+  assert_true (nr_punches > 0);
+  check_disk (model);
+  /* What was not punched must not come back. */
+  do_op ((struct op) { WRITE, 1, 100, 'y' });
+  model[100] = 'y';
+  check_disk (model);
+}
+
+static void
+short_transfers_lose_nothing (void **state)
+{
+  static uint8_t model[SIZE];
+
+  (void) state;
+  short_transfers = true;
+  memcpy (model, base_bytes, SIZE);
+  const struct op ops[] = {
+    { WRITE, 100, BLOCK - 50, 'x' },
+    { WRITE, 2 * BLOCK, SLOT - 50, 'y' },
+    { ZERO, BLOCK + 20, 77, 0 },
+  };
+  for (unsigned i = 0; i < 3; ++i) {
+    do_op (ops[i]);
+    model_op (&ops[i], model);
+  }
+  short_transfers = false;
+  check_disk (model);
+}
+
+/* nbdkit aborts on ENOTSUP where the client did not ask for a fast zero. */
+static void
+base_that_fails_with_enotsup (void **state)
+{
+  (void) state;
+  fake.fail_with = ENOTSUP;
+  assert_int_equal (blk_zero (overlay, &base, ZERO_ANY, 100, 100, &err), -1);
+  assert_int_equal (err, EIO);
+  assert_int_equal (blk_zero (overlay, &base, ZERO_FAST, 100, 100, &err), -1);
+  assert_int_equal (err, ENOTSUP);
+  assert_false (overlay_is_changed (overlay));
+}
+
+static void
+punches_of_what_is_zero_already (void **state)
+{
+  (void) state;
+  do_op ((struct op) { ZERO, SIZE, 0, 0 });
+  assert_int_equal (nr_punches, 0); /* never allocated, costs nothing */
+  do_op ((struct op) { WRITE, BLOCK, BLOCK, 'x' });
+  nr_punches = 0;
+  do_op ((struct op) { ZERO, SIZE, 0, 0 });
+  assert_int_equal (nr_punches, 1);
+  do_op ((struct op) { ZERO, SIZE, 0, 0 });
+  assert_int_equal (nr_punches, 1);
+}
+
+/*----------------------------------------------------------------------
+ * Threads
+ */
+
+/* Each byte belongs to one thread, in pieces that are not aligned, so that
+ * most blocks belong to several.  Each keeps a model of its own bytes.
+ */
+#define THREADS 4
+#define OPS 4000
+
+static uint8_t shared_model[SIZE];
+
+static uint64_t
+piece_start (unsigned i)
+{
+  return MIN ((uint64_t) i * (i % 7 == 0 ? 1000 : 1001) + (i / 40) * 9000,
+              (uint64_t) SIZE);
+}
+
+static void *
+stress (void *arg)
+{
+  const unsigned me = *(unsigned *) arg;
+  unsigned seed = me + 1;
+  uint8_t *buf = malloc (SIZE);
+
+  for (unsigned n = 0; n < OPS; ++n) {
+    const unsigned piece
+      = (unsigned) rand_r (&seed) / THREADS % 160 * THREADS + me;
+    const uint64_t start = piece_start (piece), end = piece_start (piece + 1);
+    int my_err;
+
+    if (start >= end)
+      continue;
+    struct op op = {
+      .offset = start + (unsigned) rand_r (&seed) % (end - start),
+      .fill = (uint8_t) rand_r (&seed),
+      .kind = (unsigned) rand_r (&seed) % (CACHE_AND_KEEP + 1),
+    };
+    op.count = 1 + (uint32_t) ((unsigned) rand_r (&seed) % (end - op.offset));
+
+    if (run_op (&op, &my_err) == 0)
+      model_op (&op, shared_model);
+    else if (op.kind != FAST_ZERO || my_err != ENOTSUP)
+      abort ();
+
+    if (blk_read (overlay, &base, ON_READ_PASS, buf, (uint32_t) (end - start),
+                  start, &my_err)
+          == -1
+        || memcmp (buf, shared_model + start, end - start) != 0)
+      abort ();
+  }
+  free (buf);
+  return NULL;
+}
+
+static void
+threads_that_share_blocks (void **state)
+{
+  pthread_t threads[THREADS];
+  unsigned numbers[THREADS];
+
+  (void) state;
+  memcpy (shared_model, base_bytes, SIZE);
+  for (unsigned i = 0; i < THREADS; ++i) {
+    numbers[i] = i;
+    assert_int_equal (pthread_create (&threads[i], NULL, stress, &numbers[i]),
+                      0);
+  }
+  for (unsigned i = 0; i < THREADS; ++i)
+    pthread_join (threads[i], NULL);
+  check_disk (shared_model);
+}
+
+/* One thread writes and zeroes whole slots, back and forth, while another one
+ * writes single bytes between: late punches must hit nothing.
+ */
+static void *
+zero_whole_slots (void *arg)
+{
+  int my_err;
+
+  (void) arg;
+  for (unsigned n = 0; n < 3000; ++n) {
+    const struct op op = {
+      .kind = n % 2 ? ZERO : WRITE,
+      .count = SLOT - 2 * BLOCK,
+      .offset = (n / 2 % 4) * SLOT + BLOCK,
+      .fill = 'z',
+    };
+
+    if (run_op (&op, &my_err) == -1)
+      abort ();
+  }
+  return NULL;
+}
+
+static void
+punches_hit_nothing_else (void **state)
+{
+  pthread_t thread;
+  uint8_t buf[2 * BLOCK];
+
+  (void) state;
+  assert_int_equal (pthread_create (&thread, NULL, zero_whole_slots, NULL), 0);
+  for (unsigned n = 0; n < 3000; ++n) {
+    const uint64_t offset = (1 + n % 3) * SLOT - BLOCK;
+    const uint8_t fill = (uint8_t) (1 + n % 200);
+
+    if (n % 5 == 0) {
+      assert_int_equal (
+        blk_zero (overlay, &base, ZERO_ANY, 2 * BLOCK, offset, &err), 0);
+    }
+    memset (buf, fill, sizeof buf);
+    assert_int_equal (
+      blk_write (overlay, &base, buf, sizeof buf, offset, &err), 0);
+    assert_int_equal (
+      blk_read (overlay, &base, ON_READ_PASS, buf, sizeof buf, offset, &err),
+      0);
+    for (unsigned i = 0; i < sizeof buf; ++i)
+      assert_int_equal (buf[i], fill);
+  }
+  pthread_join (thread, NULL);
+}
+
+int
+main (void)
+{
+  const struct CMUnitTest tests[] = {
+    WITH_OVERLAY (untouched_disk_reads_as_the_base),
+    WITH_OVERLAY (every_edge_from_every_state),
+    WITH_OVERLAY (base_is_read_once_and_no_more),
+    WITH_OVERLAY (base_with_block_sizes),
+    WITH_OVERLAY (nothing_is_lost_while_the_base_is_read),
+    WITH_OVERLAY (zeroed_while_the_base_is_read),
+    WITH_OVERLAY (requests_without_slot_locks_are_interrupted),
+    WITH_OVERLAY (written_again_before_the_punch),
+    WITH_OVERLAY (every_failure_leaves_the_map_as_it_was),
+    WITH_OVERLAY (first_write_cannot_make_the_file),
+    WITH_OVERLAY (failing_punches_fail_nothing),
+    WITH_OVERLAY (short_transfers_lose_nothing),
+    WITH_OVERLAY (base_that_fails_with_enotsup),
+    WITH_OVERLAY (punches_of_what_is_zero_already),
+    WITH_OVERLAY (threads_that_share_blocks),
+    WITH_OVERLAY (punches_hit_nothing_else),
+  };
+
+  return cmocka_run_group_tests_name ("blk", tests, NULL, NULL);
+}
