@@ -1,0 +1,52 @@
+# shellcheck shell=sh
+# The packages that each job needs, by their names in Debian and Ubuntu, and a
+# function that installs what is missing of them.  Sourced by runtests,
+# quickstart and .ci/run.
+
+packages_to_build="gcc libc6-dev make autoconf automake libtool pkgconf perl
+    nbdkit nbdkit-plugin-dev"
+
+packages_to_demonstrate="libnbd-bin qemu-utils e2fsprogs"
+
+packages_to_test="$packages_to_demonstrate
+    python3-libnbd libcmocka-dev libnbd-dev binutils fio procps
+    qemu-system-x86 util-linux xz-utils"
+
+# What is only asked of each change, in .ci/run.
+packages_to_check="clang clang-format clang-tidy valgrind"
+
+# install_packages PACKAGE...: installs those that are missing, and says so.
+# Fails, with the command to type, for who is not root and has no sudo.
+install_packages ()
+{
+    if ! command -v dpkg-query >/dev/null; then
+        echo "Not Debian or Ubuntu: going on with what is installed." >&2
+        return 0
+    fi
+
+    missing=
+    for package; do
+        case $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>&1) in
+            installed) ;;
+            *) missing="$missing $package" ;;
+        esac
+    done
+    [ -n "$missing" ] || return 0
+
+    if [ "$(id -u)" -eq 0 ]; then
+        as_root=env
+    elif command -v sudo >/dev/null; then
+        as_root="sudo env"
+    else
+        echo "Packages are missing.  As root, run this, then try again:" >&2
+        echo "apt-get install --no-install-recommends$missing" >&2
+        return 1
+    fi
+
+    echo "Installing:$missing"
+    # Of the package manager's many lines, only those about trouble are shown.
+    $as_root apt-get -qq update
+    # shellcheck disable=SC2086
+    $as_root DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
+        --no-install-recommends -o Dpkg::Use-Pty=0 $missing >/dev/null </dev/null
+}
