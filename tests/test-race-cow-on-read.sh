@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# A read that keeps what it reads (cow-on-read=true) must not undo a write, a zero
+# or a trim that was acknowledged while the base was being read.
+#
+# This broke in nbdkit's own cow filter: it looks at the state of a block, reads
+# the base, and then stores the base's data without looking again.  What another
+# connection had written to the block meanwhile was lost.
+#
+# The pause filter holds up the base, so the order of things does not depend on
+# how fast they are: the read is known to wait for the base, then the other request
+# is acknowledged, then the base answers.
+
+. "${srcdir:-$(dirname "$0")}/functions.sh"
+requires_filter pause log
+requires_plugin pattern
+
+for block in 4096 65536; do
+    rm -f "$tmp/pause" "$tmp/log"
+    start_nbdkit --filter=log --filter=pause pattern 16M \
+        pause-control="$tmp/pause" logfile="$tmp/log" \
+        cow-block-size=$block cow-on-read=true
+    py $block <<'END'
+block = int(sys.argv[1])
+a, b = connect(), connect()
+p, log = Pause(), Log()
+start = M
+
+# A read of count bytes; a request for one whole block, where bytes into it.
+for count, where in [(block, 0), (8 * block, 0), (8 * block, 3 * block),
+                     (512, 0)]:
+    for what in "write", "zero", "trim":
+        name = "%s at %d of a read of %d" % (what, where, count)
+        at = start + where
+        log.mark()
+        p.pause()
+        slow = read(a, count, start)
+        log.wait(1)
+        if what == "write":
+            fast, want = write(b, b"x" * block, at), b"x" * block
+        elif what == "zero":
+            fast, want = zero(b, block, at), bytes(block)
+        else:
+            fast, want = trim(b, block, at), bytes(block)
+        fast.wait(name + ", while the base is slow")
+        expect(slow.completed(), False, name + ": the read has ended")
+        p.resume()
+        slow.wait()
+
+        model = bytearray(base(start, 8 * block))
+        model[where:where + block] = want
+        same(b.pread(8 * block, start), model, name)
+        start += M
+END
+    stop_nbdkit
+done
