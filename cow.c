@@ -23,6 +23,9 @@
 #include "overlays.h"
 #include "store.h"
 
+/* The callbacks have the parameters that nbdkit gives them. */
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+
 #define MIN_BLOCK_SIZE UINT32_C (4096)
 #define MAX_BLOCK_SIZE (UINT32_C (2) << 20)
 
