@@ -189,11 +189,11 @@ cow_get_ready (int thread_model)
    */
   const uint64_t limit = store_raise_file_limit ();
   if (cow_max_overlays > limit || limit - cow_max_overlays < 64)
-    fprintf (stderr,
-             "nbdkit: cow: warning: the limit on open files, %" PRIu64
-             " (ulimit -Hn), cannot hold cow-max-overlays=%" PRIu64
-             " overlays: raise the one or lower the other\n",
-             limit, cow_max_overlays);
+    (void) fprintf (stderr,
+                    "nbdkit: cow: warning: the limit on open files, %" PRIu64
+                    " (ulimit -Hn), cannot hold cow-max-overlays=%" PRIu64
+                    " overlays: raise the one or lower the other\n",
+                    limit, cow_max_overlays);
   return 0;
 }
 
