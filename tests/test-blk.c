@@ -379,15 +379,27 @@ zeroed_while_the_base_is_read (void **state)
  * write to allocated blocks or a read.  The slots stand in the file in another
  * order than on the disk.
  */
-static void
-run_both (void *arg)
+static void *
+run_ops (void *arg)
 {
   static uint8_t buf[SIZE];
   const struct op *const *ops = arg;
   int inner_err;
 
   for (; *ops; ++ops)
-    assert_int_equal (run_op_with (buf, *ops, &inner_err), 0);
+    if (run_op_with (buf, *ops, &inner_err) == -1)
+      abort ();
+  return NULL;
+}
+
+/* In a thread of its own, as the interrupted one may hold the request lock. */
+static void
+run_in_thread (void *arg)
+{
+  pthread_t thread;
+
+  assert_int_equal (pthread_create (&thread, NULL, run_ops, arg), 0);
+  pthread_join (thread, NULL);
 }
 
 /* Is every byte as one of the orders of the two requests leaves it? */
@@ -441,7 +453,7 @@ requests_without_slot_locks_are_interrupted (void **state)
         for (const struct op *const *in = inner[i]; *in; ++in)
           model_op (*in, inner_last);
 
-        interrupt_call (n, run_both, (void *) inner[i]);
+        interrupt_call (n, run_in_thread, (void *) inner[i]);
         if (o % 2 == 0)
           do_op (*op);
         else
@@ -482,7 +494,7 @@ written_again_before_the_punch (void **state)
     set_up (state);
     do_op ((struct op) { WRITE, BLOCK, SLOT, 'w' });
     memcpy (model, base_bytes, SIZE);
-    interrupt_mutex (n, run_both, (void *) inner);
+    interrupt_mutex (n, run_in_thread, (void *) inner);
     do_op ((struct op) { ZERO, BLOCK, SLOT, 0 });
     if (!call_was_interrupted ())
       break;
