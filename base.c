@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* Asking the base (see base.h).  Keeps rule 9 of HACKING: inside its size, and
  * aligned as it demands.
  */
@@ -5,21 +7,36 @@
 #include <config.h>
 
 #include <errno.h>
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base.h"
 #include "cleanup.h"
+#include "debug.h"
 
-/* Where the base names no maximum, the longest request that every NBD server
- * takes and nbdkit's own clients may send.
+/* Where the base names no maximum: the longest read that a client may send to
+ * nbdkit, and so one that every plugin must expect.
  */
 #define MAX_REQUEST (UINT32_C (64) << 20)
 
 static void
-cleanup_extents_free (struct nbdkit_extents **extents)
+cleanup_extents (struct nbdkit_extents **extents)
 {
   nbdkit_extents_free (*extents);
+}
+
+#define CLEANUP_EXTENTS __attribute__ ((cleanup (cleanup_extents)))
+
+/* The result of a request to the base that failed.  Where a client or a filter
+ * above did not ask for a fast zero, nbdkit takes ENOTSUP for a bug and aborts.
+ */
+static int
+failed (int *err)
+{
+  if (*err == ENOTSUP || *err == EOPNOTSUPP)
+    *err = EIO;
+  return -1;
 }
 
 int
@@ -68,8 +85,10 @@ read_aligned (const struct base *base, char *buf, uint64_t count,
   while (count > 0) {
     const uint32_t n = (uint32_t) MIN (count, base->max_request);
 
+    VERBOSE ("reading %" PRIu32 " bytes at %" PRIu64 " of the base", n,
+             offset);
     if (base->next->pread (base->next, buf, n, offset, 0, err) == -1)
-      return -1;
+      return failed (err);
     buf += n;
     offset += n;
     count -= n;
@@ -112,8 +131,9 @@ base_cache (const struct base *base, uint64_t count, uint64_t offset, int *err)
   while (start < end) {
     const uint32_t n = (uint32_t) MIN (end - start, base->max_request);
 
+    VERBOSE ("base prefetches %" PRIu32 " bytes at %" PRIu64, n, start);
     if (base->next->cache (base->next, n, start, 0, err) == -1)
-      return -1;
+      return failed (err);
     start += n;
   }
   return 0;
@@ -150,11 +170,11 @@ base_extents (const struct base *base, uint64_t count, uint64_t offset,
   uint64_t pos = offset;
 
   do {
+    const uint64_t before = pos;
     uint64_t ask = pos, ask_end = MIN (end, pos + longest - base->min_request);
-    align (base, &ask, &ask_end);
 
-    __attribute__ ((
-      cleanup (cleanup_extents_free))) struct nbdkit_extents *answer
+    align (base, &ask, &ask_end);
+    CLEANUP_EXTENTS struct nbdkit_extents *answer
       = nbdkit_extents_new (ask, base->size);
     if (!answer) {
       *err = errno;
@@ -164,16 +184,18 @@ base_extents (const struct base *base, uint64_t count, uint64_t offset,
     if (base->next->extents (base->next, (uint32_t) (ask_end - ask), ask,
                              ask == pos ? flags : 0, answer, err)
         == -1)
-      return -1;
-
-    const uint64_t before = pos;
+      return failed (err);
     if (add_clipped (answer, &pos, end, extents, err) == -1)
       return -1;
+
+    /* Extents that end before they get to pos all the same say nothing of it.
+     * "Data" is true of everything.
+     */
     if (pos == before) {
-      /* It did all the same.  "Data" is true of everything. */
-      pos = MIN (ROUND_DOWN (pos, (uint64_t) base->min_request)
-                   + base->min_request,
-                 end);
+      const uint64_t next
+        = ROUND_DOWN (pos, (uint64_t) base->min_request) + base->min_request;
+
+      pos = MIN (next, end);
       if (nbdkit_add_extent (extents, before, pos - before, 0) == -1) {
         *err = errno;
         return -1;

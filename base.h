@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* The base: what lies below the filter, asked only in the way it allows.
  *
  * It never changes, and is only read: inside its size, in blocks that it

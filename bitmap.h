@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* State words: the states of the 32 blocks of a slot in 64 bits.
  *
  *    63                            32 31                             0

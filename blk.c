@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* Block operations on an overlay.
  *
  * A disk is cut into blocks, 32 of them are a slot.  The map says of each slot
@@ -31,8 +33,8 @@
 
 #include <config.h>
 
-#include <assert.h>
 #include <errno.h>
+#include <inttypes.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -41,6 +43,7 @@
 #include "bitmap.h"
 #include "blk.h"
 #include "cleanup.h"
+#include "debug.h"
 #include "map.h"
 #include "store.h"
 
@@ -68,6 +71,18 @@ struct overlay {
   pthread_mutex_t slot_locks[NR_STRIPES];
 };
 
+static uint64_t
+block_size (const struct overlay *o)
+{
+  return UINT64_C (1) << o->block_shift;
+}
+
+static uint64_t
+slot_size (const struct overlay *o)
+{
+  return UINT64_C (1) << o->slot_shift;
+}
+
 struct overlay *
 overlay_new (uint64_t size, uint32_t block_size, const char *dir)
 {
@@ -81,9 +96,8 @@ overlay_new (uint64_t size, uint32_t block_size, const char *dir)
   o->slot_shift = o->block_shift + (unsigned) __builtin_ctz (SLOT_BLOCKS);
   atomic_init (&o->changed, false);
 
-  const uint64_t slot_size = UINT64_C (1) << o->slot_shift;
-  map_init (&o->map, (size >> o->slot_shift) + (size % slot_size > 0));
-  store_init (&o->store, dir, slot_size);
+  map_init (&o->map, (size >> o->slot_shift) + (size % slot_size (o) > 0));
+  store_init (&o->store, dir, slot_size (o));
 
   /* The default kind lets a stream of readers starve the one who wants the
    * lock for itself.
@@ -123,18 +137,6 @@ overlay_is_changed (const struct overlay *o)
   return atomic_load (&o->changed);
 }
 
-static uint64_t
-block_size (const struct overlay *o)
-{
-  return UINT64_C (1) << o->block_shift;
-}
-
-static uint64_t
-slot_size (const struct overlay *o)
-{
-  return UINT64_C (1) << o->slot_shift;
-}
-
 /* Where the byte at OFFSET of the disk lies in the file, its slot being at
  * PLACE.
  */
@@ -150,11 +152,16 @@ file_offset (const struct overlay *o, uint64_t place, uint64_t offset)
 static int
 overlay_error (const struct overlay *o, int err)
 {
-  errno = err == ENOTSUP || err == EOPNOTSUPP ? EIO : err;
-  const int result = errno;
-
-  nbdkit_error ("cow: overlay file in %s: %m", o->store.dir);
-  return result;
+  if (err == ENOTSUP || err == EOPNOTSUPP)
+    err = EIO;
+  errno = err;
+  if (err == ENOMEM)
+    nbdkit_error ("cow: out of memory for the map of an overlay");
+  else
+    nbdkit_error ("cow: overlay file in %s: %m; what was written before can "
+                  "be read, and trimming some of it makes room",
+                  o->store.dir);
+  return err;
 }
 
 /*----------------------------------------------------------------------
@@ -252,7 +259,7 @@ struct change {
   size_t count;     /* of slots */
   uint64_t stripes; /* slot locks held, one bit each */
   struct slot_change *slots;
-  struct slot_change few[16]; /* enough for 2 MiB in blocks of 4 KiB */
+  struct slot_change few[17]; /* enough for 2 MiB in blocks of 4 KiB */
 };
 
 static void
@@ -437,6 +444,8 @@ static void
 change_commit (struct change *c)
 {
   atomic_store (&c->o->changed, true);
+  VERBOSE ("changing %zu slots from offset %" PRIu64, c->count,
+           c->first << c->o->slot_shift);
 
   for (size_t i = 0; i < c->count; ++i) {
     const struct slot_change *s = &c->slots[i];
@@ -673,7 +682,7 @@ read_holes (struct overlay *o, const struct base *base, enum on_read on_read,
   /* The client has what it asked for, kept or not. */
   errno = keep (o, bytes, start, stop);
   if (errno)
-    nbdkit_debug ("cow: not kept in the overlay: %m");
+    VERBOSE ("not kept in the overlay: %s", strerror (errno));
   return 0;
 }
 
@@ -863,18 +872,22 @@ struct gap {
 static void
 punch_gap (const struct overlay *o, struct gap *gap)
 {
-  if (gap->worth_punching)
+  if (gap->worth_punching) {
+    VERBOSE ("punching %" PRIu64 " bytes", gap->end - gap->start);
     store_punch (&o->store, gap->start, gap->end - gap->start);
+  }
   gap->worth_punching = false;
 }
 
-/* Punch what is not allocated in the places of COUNT slots, which lie one
- * behind the other, in one short hold of both locks (rule 6): the zero blocks,
+/* Punch what is not allocated of the blocks PIECE in the places of COUNT slots,
+ * which lie one behind the other, in one short hold of both locks (rule 6): the
+ * zero blocks,
  * and the holes between them, so that fewer and longer ranges are punched.
  * Whoever is about to write to any of these blocks needs the slot lock.
  */
 static void
-punch_slots (struct overlay *o, const struct slot_change *slots, size_t count)
+punch_slots (struct overlay *o, const struct slot_change *slots, size_t count,
+             uint32_t piece)
 {
   struct gap gap = { .worth_punching = false };
   uint64_t stripes = 0;
@@ -886,7 +899,7 @@ punch_slots (struct overlay *o, const struct slot_change *slots, size_t count)
 
   for (size_t i = 0; i < count; ++i) {
     const struct slot_pair pair = slot_load (map_find (&o->map, slots[i].nr));
-    uint32_t unused = ~bitmap_allocated (pair.state);
+    uint32_t unused = ~bitmap_allocated (pair.state) & piece;
 
     while (unused) {
       const unsigned first = (unsigned) __builtin_ctz (unused);
@@ -927,7 +940,10 @@ compare_places (const void *a, const void *b)
 static void
 punch_zeroed (struct change *c)
 {
-  const size_t most = MAX (PUNCH_BYTES >> c->o->slot_shift, 1);
+  const struct overlay *o = c->o;
+  const size_t slots_at_once = MAX (PUNCH_BYTES >> o->slot_shift, 1);
+  const unsigned blocks_at_once
+    = MIN (MAX (PUNCH_BYTES >> o->block_shift, 1), SLOT_BLOCKS);
   size_t count = 0;
 
   for (size_t i = 0; i < c->count; ++i)
@@ -937,10 +953,12 @@ punch_zeroed (struct change *c)
 
   for (size_t i = 0, next; i < count; i = next) {
     next = i + 1;
-    while (next < count && next - i < most
+    while (next < count && next - i < slots_at_once
            && c->slots[next].place == c->slots[i].place + (next - i))
       next++;
-    punch_slots (c->o, &c->slots[i], next - i);
+    for (unsigned block = 0; block < SLOT_BLOCKS; block += blocks_at_once)
+      punch_slots (c->o, &c->slots[i], next - i,
+                   bitmap_mask (block, blocks_at_once));
   }
 }
 
@@ -1000,12 +1018,8 @@ blk_zero (struct overlay *o, const struct base *base, enum zero_effort effort,
     return -1;
   }
 
-  if (edges_read (&edges, o, base, err) == -1) {
-    /* nbdkit aborts on these two where the client did not ask for speed. */
-    if (*err == ENOTSUP || *err == EOPNOTSUPP)
-      *err = EIO;
+  if (edges_read (&edges, o, base, err) == -1)
     return -1;
-  }
   r = zero_blocks (o, &edges);
   if (r) {
     *err = overlay_error (o, r);

@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* Block operations on an overlay: one writable disk on top of a base.
  *
  * The disk's size is the base's.  All offsets and counts are in bytes, any
@@ -41,10 +43,14 @@ enum on_read {
   ON_READ_KEEP, /* their blocks are kept in the overlay (cow-on-read) */
 };
 
+/* Read COUNT bytes at OFFSET into BUF. */
 extern int blk_read (struct overlay *overlay, const struct base *base,
                      enum on_read on_read, void *buf, uint32_t count,
                      uint64_t offset, int *err);
 
+/* Write COUNT bytes of BUF at OFFSET.  When it fails, blocks that were holes or
+ * zero are so still; others may hold part of the new bytes.
+ */
 extern int blk_write (struct overlay *overlay, const struct base *base,
                       const void *buf, uint32_t count, uint64_t offset,
                       int *err);

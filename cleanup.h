@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* Clean-up bound to a scope, and the few macros that every part uses.
  *
  * A variable marked with one of these gives back what it holds when its

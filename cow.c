@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* The filter as nbdkit sees it: parameters and callbacks, nothing else.
  *
  * What a client may do never depends on what the base can do.  The base is
@@ -10,7 +12,6 @@
 #include <inttypes.h>
 #include <stdbool.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -20,8 +21,8 @@
 #include "base.h"
 #include "blk.h"
 #include "cleanup.h"
+#include "debug.h"
 #include "overlays.h"
-#include "store.h"
 
 /* The callbacks have the parameters that nbdkit gives them. */
 #pragma GCC diagnostic ignored "-Wunused-parameter"
@@ -50,15 +51,24 @@ static struct overlays *overlays;
 /* A connection. */
 struct handle {
   char *export_name;
-  struct base base;          /* filled in by .prepare, and so user */
-  struct overlay_user *user; /* NULL: .prepare did not get as far */
+  struct base base;            /* set by .prepare */
+  struct overlay_entry *entry; /* set by .prepare, NULL if that failed */
 };
 
-#define DEBUG(fs, ...)                                                        \
-  do {                                                                        \
-    if (cow_debug_verbose)                                                    \
-      nbdkit_debug ("cow: export \"%s\": " fs, h->export_name, __VA_ARGS__);  \
-  } while (0)
+/* A request, for -D cow.verbose=1; TEXT says with what options. */
+static void
+log_request (const struct handle *h, const char *what, uint32_t count,
+             uint64_t offset, const char *text)
+{
+  VERBOSE ("export \"%s\": %s %" PRIu32 " bytes at %" PRIu64 "%s",
+           h->export_name, what, count, offset, text);
+}
+
+static const char *
+fua_text (uint32_t flags)
+{
+  return flags & NBDKIT_FLAG_FUA ? ", fua" : "";
+}
 
 static void
 cow_unload (void)
@@ -158,51 +168,24 @@ cow_config (nbdkit_next_config *next, nbdkit_backend *nxdata, const char *key,
 }
 
 #define cow_config_help                                                       \
-  "cow-block-size=<N>             Size of a block (default: 4K).\n"           \
+  "cow-block-size=<N>             Size of a block (default 4K).\n"            \
   "cow-on-cache=<BOOL>            Copy prefetched data to the overlay.\n"     \
   "cow-on-read=<BOOL>|/PATH       Copy data that is read to the overlay.\n"   \
-  "cow-scope=export|connection    What has an overlay of its own.\n"          \
-  "cow-max-overlays=<N>           Refuse connections beyond so many."
+  "cow-scope=export|connection    What has an overlay of its own (export).\n" \
+  "cow-max-overlays=<N>           Most overlays at a time (default 1024)."
 
 /* Here and not in .after_fork: there it is too late to fail. */
 static int
 cow_get_ready (int thread_model)
 {
-  const char *name;
-  char *dir = store_find_dir (&name);
-
-  if (!dir) {
-    nbdkit_error ("cow: cannot make a file in %s, the directory for overlays: "
-                  "%m; set TMPDIR to one that can be written",
-                  name);
-    return -1;
-  }
-  overlays = overlays_new (cow_scope, cow_max_overlays, cow_block_size, dir);
-  if (!overlays) {
-    nbdkit_error ("malloc: %m");
-    free (dir);
-    return -1;
-  }
-
-  /* An overlay keeps its file open, a connection its socket, and the base may
-   * want files of its own.
-   */
-  const uint64_t limit = store_raise_file_limit ();
-  if (cow_max_overlays > limit || limit - cow_max_overlays < 64)
-    (void) fprintf (stderr,
-                    "nbdkit: cow: warning: the limit on open files, %" PRIu64
-                    " (ulimit -Hn), cannot hold cow-max-overlays=%" PRIu64
-                    " overlays: raise the one or lower the other\n",
-                    limit, cow_max_overlays);
-  return 0;
+  overlays = overlays_new (cow_scope, cow_max_overlays, cow_block_size);
+  return overlays ? 0 : -1;
 }
 
 static int
 cow_after_fork (nbdkit_backend *backend)
 {
-  /* Not before the command of --run was started, which would inherit it. */
-  store_ignore_file_size_signal ();
-  return 0;
+  return overlays_start (overlays);
 }
 
 static void *
@@ -217,7 +200,7 @@ cow_open (nbdkit_next_open *next, nbdkit_context *context, int readonly,
   if (h)
     h->export_name = strdup (export_name);
   if (!h || !h->export_name) {
-    nbdkit_error ("malloc: %m");
+    nbdkit_error ("cow: out of memory");
     free (h);
     return NULL;
   }
@@ -229,8 +212,8 @@ cow_close (void *handle)
 {
   struct handle *h = handle;
 
-  if (h->user)
-    overlays_put (overlays, h->user);
+  if (h->entry)
+    overlays_put (overlays, h->entry);
   free (h->export_name);
   free (h);
 }
@@ -242,11 +225,11 @@ cow_prepare (nbdkit_next *next, void *handle, int readonly)
 
   if (base_init (&h->base, next) == -1)
     return -1;
-  h->user = overlays_get (overlays, h->export_name, h->base.size);
-  if (!h->user)
+  h->entry = overlays_get (overlays, h->export_name, h->base.size);
+  if (!h->entry)
     return -1;
-  DEBUG ("connected, %" PRIu64 " bytes%s", h->base.size,
-         readonly ? ", read only" : "");
+  VERBOSE ("export \"%s\": connected, %" PRIu64 " bytes%s", h->export_name,
+           h->base.size, readonly ? ", read only" : "");
   return 0;
 }
 
@@ -326,8 +309,8 @@ cow_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
 {
   const struct handle *h = handle;
 
-  DEBUG ("read %" PRIu32 " bytes at %" PRIu64, count, offset);
-  return blk_read (overlay_of (h->user), &h->base, on_read_now (), buf, count,
+  log_request (h, "read", count, offset, "");
+  return blk_read (overlay_of (h->entry), &h->base, on_read_now (), buf, count,
                    offset, err);
 }
 
@@ -340,8 +323,8 @@ cow_pwrite (nbdkit_next *next, void *handle, const void *buf, uint32_t count,
 {
   const struct handle *h = handle;
 
-  DEBUG ("write %" PRIu32 " bytes at %" PRIu64, count, offset);
-  return blk_write (overlay_of (h->user), &h->base, buf, count, offset, err);
+  log_request (h, "write", count, offset, fua_text (flags));
+  return blk_write (overlay_of (h->entry), &h->base, buf, count, offset, err);
 }
 
 static int
@@ -349,7 +332,7 @@ cow_flush (nbdkit_next *next, void *handle, uint32_t flags, int *err)
 {
   const struct handle *h = handle;
 
-  DEBUG ("%s", "flush");
+  VERBOSE ("export \"%s\": flush", h->export_name);
   return 0;
 }
 
@@ -360,10 +343,10 @@ cow_zero (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
   const struct handle *h = handle;
   const bool fast = flags & NBDKIT_FLAG_FAST_ZERO;
 
-  DEBUG ("%szero %" PRIu32 " bytes at %" PRIu64, fast ? "fast " : "", count,
-         offset);
-  return blk_zero (overlay_of (h->user), &h->base, fast ? ZERO_FAST : ZERO_ANY,
-                   count, offset, err);
+  log_request (h, fast ? "fast zero" : "zero", count, offset,
+               fua_text (flags));
+  return blk_zero (overlay_of (h->entry), &h->base,
+                   fast ? ZERO_FAST : ZERO_ANY, count, offset, err);
 }
 
 static int
@@ -372,8 +355,8 @@ cow_trim (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
 {
   const struct handle *h = handle;
 
-  DEBUG ("trim %" PRIu32 " bytes at %" PRIu64, count, offset);
-  return blk_zero (overlay_of (h->user), &h->base, ZERO_ANY, count, offset,
+  log_request (h, "trim", count, offset, fua_text (flags));
+  return blk_zero (overlay_of (h->entry), &h->base, ZERO_ANY, count, offset,
                    err);
 }
 
@@ -383,8 +366,8 @@ cow_cache (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
 {
   const struct handle *h = handle;
 
-  DEBUG ("cache %" PRIu32 " bytes at %" PRIu64, count, offset);
-  return blk_cache (overlay_of (h->user), &h->base,
+  log_request (h, "cache", count, offset, "");
+  return blk_cache (overlay_of (h->entry), &h->base,
                     cow_on_cache ? ON_CACHE_KEEP : ON_CACHE_PASS, count,
                     offset, err);
 }
@@ -395,8 +378,9 @@ cow_extents (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
 {
   const struct handle *h = handle;
 
-  DEBUG ("extents of %" PRIu32 " bytes at %" PRIu64, count, offset);
-  return blk_extents (overlay_of (h->user), &h->base, count, offset, flags,
+  log_request (h, "extents of", count, offset,
+               flags & NBDKIT_FLAG_REQ_ONE ? ", one" : "");
+  return blk_extents (overlay_of (h->entry), &h->base, count, offset, flags,
                       extents, err);
 }
 

@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* The map: a radix tree of slots (see map.h).
  *
  * Who may do what at the same time:

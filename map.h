@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* The map of an overlay: slot number → { place, state word }.
  *
  * A radix tree, whose nodes are made on first touch, so that memory follows

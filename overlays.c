@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* Which export gets which overlay (see overlays.h).
  *
  * The set has one lock, which is held for the bookkeeping only, never while an
@@ -11,6 +13,7 @@
 #include <inttypes.h>
 #include <pthread.h>
 #include <search.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,10 +21,12 @@
 
 #include "blk.h"
 #include "cleanup.h"
+#include "debug.h"
 #include "overlays.h"
+#include "store.h"
 
 /* An overlay and those who use it. */
-struct overlay_user {
+struct overlay_entry {
   char *name;              /* of the export; constant */
   struct overlay *overlay; /* constant */
   uint64_t users;          /* connections; guarded by the set's lock */
@@ -37,30 +42,77 @@ struct overlays {
   uint64_t count; /* of all overlays; guarded by lock */
 };
 
-struct overlays *
-overlays_new (enum scope scope, uint64_t max, uint32_t block_size, char *dir)
+static void
+report_directory (const char *dir)
 {
-  struct overlays *s = calloc (1, sizeof *s);
+  nbdkit_error ("cow: cannot make a file in %s, the directory for overlays: "
+                "%m; set TMPDIR to one that can be written",
+                dir);
+}
 
-  if (!s)
+/* An overlay keeps its file open, a connection its socket, and the base may want
+ * files of its own.
+ */
+static void
+warn_of_file_limit (uint64_t max_overlays)
+{
+  const uint64_t others = 64, limit = store_file_limit ();
+
+  if (max_overlays > limit || limit - max_overlays < others)
+    (void) fprintf (stderr,
+                    "nbdkit: cow: warning: the limit on open files, %" PRIu64
+                    " (ulimit -Hn), cannot hold cow-max-overlays=%" PRIu64
+                    " overlays: raise the one or lower the other\n",
+                    limit, max_overlays);
+}
+
+struct overlays *
+overlays_new (enum scope scope, uint64_t max, uint32_t block_size)
+{
+  const char *name;
+  CLEANUP_FREE char *dir = store_find_dir (&name);
+  struct overlays *s;
+
+  if (!dir) {
+    report_directory (name);
     return NULL;
+  }
+  s = calloc (1, sizeof *s);
+  if (!s) {
+    nbdkit_error ("cow: out of memory");
+    return NULL;
+  }
   s->scope = scope;
   s->max = max;
   s->block_size = block_size;
   s->dir = dir;
+  dir = NULL;
   pthread_mutex_init (&s->lock, NULL);
+  warn_of_file_limit (max);
   return s;
 }
 
-static void
-free_user (void *pointer)
+int
+overlays_start (const struct overlays *s)
 {
-  struct overlay_user *user = pointer;
+  store_raise_file_limit ();
+  store_ignore_file_size_signal ();
+  if (store_check_dir (s->dir) == -1) {
+    report_directory (s->dir);
+    return -1;
+  }
+  return 0;
+}
 
-  if (user) {
-    overlay_free (user->overlay);
-    free (user->name);
-    free (user);
+static void
+free_entry (void *pointer)
+{
+  struct overlay_entry *entry = pointer;
+
+  if (entry) {
+    overlay_free (entry->overlay);
+    free (entry->name);
+    free (entry);
   }
 }
 
@@ -69,7 +121,7 @@ overlays_free (struct overlays *s)
 {
   if (!s)
     return;
-  tdestroy (s->by_name, free_user);
+  tdestroy (s->by_name, free_entry);
   pthread_mutex_destroy (&s->lock);
   free (s->dir);
   free (s);
@@ -78,43 +130,43 @@ overlays_free (struct overlays *s)
 static int
 compare_names (const void *a, const void *b)
 {
-  const struct overlay_user *user_a = a, *user_b = b;
+  const struct overlay_entry *entry_a = a, *entry_b = b;
 
-  return strcmp (user_a->name, user_b->name);
+  return strcmp (entry_a->name, entry_b->name);
 }
 
-static struct overlay_user *
-new_user (const struct overlays *s, const char *name, uint64_t size)
+static struct overlay_entry *
+new_entry (const struct overlays *s, const char *name, uint64_t size)
 {
-  struct overlay_user *user = calloc (1, sizeof *user);
+  struct overlay_entry *entry = calloc (1, sizeof *entry);
 
-  if (!user)
+  if (!entry)
     return NULL;
-  user->name = strdup (name);
-  user->overlay = overlay_new (size, s->block_size, s->dir);
-  if (!user->name || !user->overlay) {
-    free_user (user);
+  entry->name = strdup (name);
+  entry->overlay = overlay_new (size, s->block_size, s->dir);
+  if (!entry->name || !entry->overlay) {
+    free_entry (entry);
     errno = ENOMEM;
     return NULL;
   }
-  return user;
+  return entry;
 }
 
 /* Caller holds the lock.  NULL: there is none. */
-static struct overlay_user *
+static struct overlay_entry *
 find (struct overlays *s, const char *name)
 {
-  const struct overlay_user key = { .name = (char *) name };
+  const struct overlay_entry key = { .name = (char *) name };
   void *node = tfind (&key, &s->by_name, compare_names);
 
-  return node ? *(struct overlay_user **) node : NULL;
+  return node ? *(struct overlay_entry **) node : NULL;
 }
 
 /* Add an overlay to the set.  Caller holds the lock. */
-static struct overlay_user *
+static struct overlay_entry *
 add (struct overlays *s, const char *name, uint64_t size)
 {
-  struct overlay_user *user;
+  struct overlay_entry *entry;
 
   if (s->count >= s->max) {
     nbdkit_error ("cow: export \"%s\" refused: there are as many overlays as "
@@ -123,60 +175,60 @@ add (struct overlays *s, const char *name, uint64_t size)
                   name, s->max);
     return NULL;
   }
-  user = new_user (s, name, size);
-  if (!user
+  entry = new_entry (s, name, size);
+  if (!entry
       || (s->scope == SCOPE_EXPORT
-          && !tsearch (user, &s->by_name, compare_names))) {
+          && !tsearch (entry, &s->by_name, compare_names))) {
     nbdkit_error ("cow: export \"%s\" refused: out of memory", name);
-    free_user (user);
+    free_entry (entry);
     return NULL;
   }
   s->count++;
-  return user;
+  VERBOSE ("made an overlay for export \"%s\", now %" PRIu64, name, s->count);
+  return entry;
 }
 
-struct overlay_user *
+struct overlay_entry *
 overlays_get (struct overlays *s, const char *name, uint64_t size)
 {
   LOCK_FOR_SCOPE (&s->lock);
 
-  struct overlay_user *user = s->scope == SCOPE_EXPORT ? find (s, name) : NULL;
+  struct overlay_entry *entry
+    = s->scope == SCOPE_EXPORT ? find (s, name) : NULL;
 
-  if (user && overlay_size (user->overlay) != size) {
+  if (entry && overlay_size (entry->overlay) != size) {
     nbdkit_error ("cow: export \"%s\" refused: the size of its base has "
                   "changed from %" PRIu64 " to %" PRIu64 " bytes, which the "
                   "changes made so far do not fit; restart the server",
-                  name, overlay_size (user->overlay), size);
+                  name, overlay_size (entry->overlay), size);
     return NULL;
   }
-  if (!user)
-    user = add (s, name, size);
-  if (user)
-    user->users++;
-  return user;
+  if (!entry)
+    entry = add (s, name, size);
+  if (entry)
+    entry->users++;
+  return entry;
 }
 
 void
-overlays_put (struct overlays *s, struct overlay_user *user)
+overlays_put (struct overlays *s, struct overlay_entry *entry)
 {
-  pthread_mutex_lock (&s->lock);
-  const bool last = --user->users == 0;
-  const bool drop
-    = last
-      && (s->scope == SCOPE_CONNECTION || !overlay_is_changed (user->overlay));
-  if (drop) {
+  {
+    LOCK_FOR_SCOPE (&s->lock);
+
+    if (--entry->users > 0
+        || (s->scope == SCOPE_EXPORT && overlay_is_changed (entry->overlay)))
+      return;
     if (s->scope == SCOPE_EXPORT)
-      tdelete (user, &s->by_name, compare_names);
+      tdelete (entry, &s->by_name, compare_names);
     s->count--;
   }
-  pthread_mutex_unlock (&s->lock);
-
-  if (drop)
-    free_user (user);
+  VERBOSE ("throwing away the overlay for export \"%s\"", entry->name);
+  free_entry (entry);
 }
 
 struct overlay *
-overlay_of (const struct overlay_user *user)
+overlay_of (const struct overlay_entry *entry)
 {
-  return user->overlay;
+  return entry->overlay;
 }

@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* The overlay file (see store.h).
  *
  * Places are given out by appending, several at a time for a large request, so
@@ -16,6 +18,7 @@
 #include <limits.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -79,20 +82,26 @@ store_find_dir (const char **name)
 }
 
 uint64_t
+store_file_limit (void)
+{
+  struct rlimit limit;
+
+  if (getrlimit (RLIMIT_NOFILE, &limit) == -1
+      || limit.rlim_max == RLIM_INFINITY)
+    return UINT64_MAX;
+  return limit.rlim_max;
+}
+
+void
 store_raise_file_limit (void)
 {
   struct rlimit limit;
 
-  if (getrlimit (RLIMIT_NOFILE, &limit) == -1)
-    return UINT64_MAX;
-  if (limit.rlim_cur != limit.rlim_max) {
-    const rlim_t soft = limit.rlim_cur;
-
+  if (getrlimit (RLIMIT_NOFILE, &limit) == 0
+      && limit.rlim_cur != limit.rlim_max) {
     limit.rlim_cur = limit.rlim_max;
-    if (setrlimit (RLIMIT_NOFILE, &limit) == -1)
-      return soft;
+    setrlimit (RLIMIT_NOFILE, &limit); /* the old one does for a while */
   }
-  return limit.rlim_cur == RLIM_INFINITY ? UINT64_MAX : limit.rlim_cur;
 }
 
 void

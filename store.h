@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* The overlay file: places for slots, and the bytes in them.
  *
  * The file is anonymous and sparse.  It is divided into places of one slot's
@@ -40,8 +42,9 @@ extern char *store_find_dir (const char **name);
 /* Can a file be made in DIR?  0, or -1 and errno. */
 extern int store_check_dir (const char *dir);
 
-/* Raise the soft limit on open files to the hard one.  Returns the limit. */
-extern uint64_t store_raise_file_limit (void);
+/* The hard limit on open files, and raising the soft one to it. */
+extern uint64_t store_file_limit (void);
+extern void store_raise_file_limit (void);
 
 /* Let a write past RLIMIT_FSIZE fail with EFBIG in place of killing the
  * process with SIGXFSZ.

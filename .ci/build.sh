@@ -1,4 +1,6 @@
 # shellcheck shell=sh
+# SPDX-License-Identifier: BSD-3-Clause
+#
 # How runtests and quickstart build.  Sourced, after packages.sh, with $source
 # set to the directory of the sources.
 

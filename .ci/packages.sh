@@ -1,4 +1,6 @@
 # shellcheck shell=sh
+# SPDX-License-Identifier: BSD-3-Clause
+#
 # The packages that each job needs, by their names in Debian and Ubuntu, and a
 # function that installs what is missing of them.  Sourced by runtests,
 # quickstart and .ci/run.

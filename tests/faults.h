@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* System calls and allocations that fail, come up short, or are interrupted,
  * at will.  A test that uses them is linked with -Wl,--wrap= for each name in
  * faults.c.

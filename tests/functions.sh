@@ -44,7 +44,7 @@ unset TMPDIR
 export tmp
 
 # The servers that were started and not yet stopped: number -> process.
-declare -A _servers=()
+declare -A _servers=() _idle_pipes=()
 _nr_servers=0
 _cleanup_commands=()
 
@@ -131,7 +131,7 @@ start_server ()
     server=$((++_nr_servers))
     sock=$tmp/s$server
     log=$tmp/server$server.log
-    uri=nbd+unix:///?socket=$sock
+    uri="nbd+unix:///?socket=$sock"
     export sock uri log
     # shellcheck disable=SC2086
     ${under[@]+"${under[@]}"} $TEST_WRAPPER "$NBDKIT" -f -U "$sock" \
@@ -148,6 +148,13 @@ start_server ()
     done
     pid=$(cat "$sock.pid")
     export pid
+    _idle_pipes[$server]=$(_pipes "$pid")
+}
+
+# A connection of nbdkit's has a pipe, the last thing that goes when it ends.
+_pipes ()
+{
+    find "/proc/$1/fd" -lname 'pipe:*' 2>/dev/null | wc -l
 }
 
 # stop_nbdkit [NUMBER]: stops a server (the one started last) and fails if it
@@ -159,16 +166,23 @@ stop_nbdkit ()
 
 _stop ()
 {
-    local n=$1 child=${_servers[$1]} i status=0
+    local n=$1 child=${_servers[$1]} i status=0 server_pid
     unset "_servers[$n]"
-    kill -TERM "$(cat "$tmp/s$n.pid")" 2>/dev/null
+    server_pid=$(cat "$tmp/s$n.pid")
+    # What a connection has is not freed when the server is told to stop before
+    # the connection has ended.  So let those end whose clients have just gone.
+    for ((i = 0; i < 100; i++)); do
+        [ "$(_pipes "$server_pid")" -gt "${_idle_pipes[$n]}" ] || break
+        sleep 0.05
+    done
+    kill -TERM "$server_pid" 2>/dev/null
     for ((i = 0; i < guard * 20; i++)); do
         kill -0 "$child" 2>/dev/null || break
         sleep 0.05
     done
     if kill -0 "$child" 2>/dev/null; then
         echo "server $n did not stop" >&2
-        kill -KILL "$(cat "$tmp/s$n.pid")" "$child" 2>/dev/null
+        kill -KILL "$server_pid" "$child" 2>/dev/null
         wait "$child"
         return 1
     fi

@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* See nbdkit-stubs.h. */
 
 #include <config.h>
@@ -10,8 +12,10 @@
 #include <string.h>
 
 #include "cleanup.h"
+#include "debug.h"
 #include "nbdkit-stubs.h"
 
+int cow_debug_verbose;
 unsigned nr_errors;
 char last_error[1024];
 

@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* What the filter needs of nbdkit, for tests without a server: the functions
  * that nbdkit exports, and a base in memory.
  */

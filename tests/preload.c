@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* Loaded into nbdkit beside a sanitizer's runtime, by LD_PRELOAD. */
 
 #include <config.h>

@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+#
 # sanitized.sh [bash] TEST: runs one test of a build with sanitizers.
 #
 # Whoever reports something exits with 99, but a test may not see that status

@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* State words, against a plain array of 32 states. */
 
 #include <config.h>

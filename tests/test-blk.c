@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* Block operations without a server: interleavings that are forced, calls that
  * fail one after the other, and many threads.
  */

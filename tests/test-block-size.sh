@@ -14,7 +14,7 @@ offered ()
     start_nbdkit "${@:2}"
     nbdinfo "$uri" >"$tmp/info"
     grep -q "block_size_minimum: 1\$" "$tmp/info" &&
-        grep -q "block_size_preferred: $1\$" "$tmp/info" &&
+        grep -q "block_size_preferred: $1\( (.*)\)*\$" "$tmp/info" &&
         grep -q "block_size_maximum: 4294967295\$" "$tmp/info" ||
         { cat "$tmp/info"; die "another block size than $1: ${*:2}"; }
     stop_nbdkit

@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+#
 # The shared object exports what nbdkit looks up by name and nothing else.
 set -eu
 

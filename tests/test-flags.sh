@@ -8,7 +8,7 @@
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 requires_plugin file
-requires_filter nozero noextents nocache fua nofilter multi-conn
+requires_filter nozero noextents nocache fua
 
 truncate -s 1M "$tmp/base"
 
@@ -52,10 +52,10 @@ run pattern 1M
 run full 1M
 run random 1M
 run data '@0x10000 1' size=1M
-run eval get_size='echo 1M' pread='head -c "$3" /dev/zero'
+run eval get_size='echo 1M' pread='head -c "$3" /dev/zero' \
+    can_multi_conn='exit 3'
 run --filter=nozero --filter=noextents --filter=nocache file "$tmp/base"
-run --filter=nozero --filter=fua --filter=multi-conn memory 1M \
-    zeromode=none fuamode=discard multi-conn-mode=disable
+run --filter=nozero --filter=fua memory 1M zeromode=none fuamode=discard
 if xz --version >/dev/null 2>&1; then
     xz -k "$tmp/base"
     run --filter=xz file "$tmp/base.xz"

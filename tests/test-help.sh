@@ -5,7 +5,11 @@
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 
-"$NBDKIT" --filter="$FILTER" null --help >"$tmp/help"
+# shellcheck disable=SC2086
+{
+    $TEST_WRAPPER "$NBDKIT" --filter="$FILTER" null --help >"$tmp/help"
+    $TEST_WRAPPER "$NBDKIT" --filter="$FILTER" null --version >"$tmp/version"
+}
 for parameter in cow-block-size cow-on-read cow-on-cache cow-scope \
     cow-max-overlays; do
     grep -q "^$parameter=" "$tmp/help" || die "the help does not have $parameter"
@@ -14,5 +18,5 @@ done
 sed -n '/^filter: cow/,/^plugin:/p' "$tmp/help" | sed 1,2d >"$tmp/ours"
 [ -s "$tmp/ours" ] || die "no section of the filter"
 ! grep -E '^.{80}' "$tmp/ours" || die "a line of the help is too long"
-"$NBDKIT" --filter="$FILTER" null --version | grep -q '^cow' ||
+grep -q '^cow' "$tmp/version" ||
     die "nbdkit --version does not list the filter"

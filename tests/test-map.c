@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* The map without a server: lookups, growth, the order of stores, threads. */
 
 #include <config.h>

@@ -55,7 +55,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -221,7 +220,7 @@ static struct {
 static uint64_t disk_size;
 static uint64_t nr_blocks;
 static uint8_t *model;
-static const uint8_t *base;
+static uint8_t *base;
 static uint8_t *states;
 static _Atomic uint8_t *events; /* of this round; any thread adds to them */
 
@@ -1921,22 +1920,32 @@ look_at_offer (struct nbd_handle *nbd)
     options.max_request = least (options.max_request, (uint64_t) size);
 }
 
-/* Maps BASEFILE twice: to be changed, in memory only, and as it is. */
+/* Reads BASEFILE twice: to be changed, and as it is.  (Mapping it would be less
+ * work, but on tmpfs that turns its holes into data, and so changes the
+ * extents that are compared.)
+ */
 static void
 open_base (void)
 {
   struct stat st;
   int fd = open (options.base_file, O_RDONLY | O_CLOEXEC);
+  ssize_t n;
 
   if (fd == -1 || fstat (fd, &st) == -1)
     die ("%s: %s", options.base_file, strerror (errno));
   disk_size = st.st_size;
   if (disk_size == 0)
     die ("%s: empty", options.base_file);
-  base = mmap (NULL, disk_size, PROT_READ, MAP_PRIVATE, fd, 0);
-  model = mmap (NULL, disk_size, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
-  if (base == MAP_FAILED || model == MAP_FAILED)
-    die ("%s: mmap: %s", options.base_file, strerror (errno));
+  base = malloc (disk_size);
+  model = malloc (disk_size);
+  if (!base || !model)
+    die ("malloc: %s", strerror (errno));
+  for (uint64_t done = 0; done < disk_size; done += n) {
+    n = pread (fd, model + done, disk_size - done, done);
+    if (n <= 0)
+      die ("%s: read: %s", options.base_file, n ? strerror (errno) : "short");
+  }
+  memcpy (base, model, disk_size);
   close (fd);
 }
 
@@ -2009,8 +2018,8 @@ close_all (void)
     }
     free (c->log);
   }
-  munmap (model, disk_size);
-  munmap ((void *) base, disk_size);
+  free (model);
+  free (base);
   free (states);
   free ((void *) events);
   free (round_layout.exclusive);

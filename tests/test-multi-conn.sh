@@ -5,23 +5,24 @@
 # not where each has its own, whatever the base says about itself.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
-requires_plugin memory
-requires_filter multi-conn
+requires_plugin eval
 
-for mode in disable plugin unsafe; do
+# 0 is yes, 3 is no.
+for base in 0 3; do
     for scope in export connection; do
-        start_nbdkit --filter=multi-conn memory 1M multi-conn-mode=$mode \
+        start_nbdkit eval get_size='echo 1M' \
+            pread='head -c "$3" /dev/zero' can_multi_conn="exit $base" \
             cow-scope=$scope
         status=0
         nbdinfo --can multi-conn "$uri" || status=$?
         case $scope,$status in
             export,0 | connection,2) ;;
-            *) die "scope $scope over multi-conn-mode=$mode: status $status" ;;
+            *) die "scope $scope, can_multi_conn $base: status $status" ;;
         esac
         stop_nbdkit
     done
 done
 
 # The default.
-start_nbdkit memory 1M
+start_nbdkit null 1M
 nbdinfo --can multi-conn "$uri" || die "multi-conn is not offered by default"

@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+#
 # The manual is well-formed, names every parameter, and is the page that make
 # install would install.
 set -eu

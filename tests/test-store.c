@@ -1,3 +1,5 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
 /* The overlay file without a server. */
 
 #include <config.h>

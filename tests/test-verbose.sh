@@ -32,12 +32,17 @@ log_has 'cow: .*some name.*fast.*zero.*8192.*8192'
 log_has 'cow: .*some name.*trim.*7777.*8888'
 log_has 'cow: .*some name.*cache.*9999.*11110'
 log_has 'cow: .*some name.*flush'
+log_has 'cow: reading [0-9]* bytes at [0-9]* of the base'
+log_has 'cow: changing 1 slots from offset 0'
+log_has 'cow: punching [0-9]* bytes'
+log_has 'cow: made an overlay for export "some name"'
 log_has 'cow: .*some name.*extents.*12321.*23432'
 stop_nbdkit
 
 start_nbdkit -v pattern 1M
 requests
 log_lacks 'cow: .*some name.*(read|write|zero|trim|cache|extents|flush)'
+log_lacks 'cow: (reading|changing|punching|made) '
 stop_nbdkit
 
 start_nbdkit pattern 1M
