@@ -503,13 +503,16 @@ class Log:
 
 
 def overlays(directory):
-    """The stat results of the server's nameless files in directory."""
+    """The stat results of the server's nameless files in directory (but not of
+    valgrind's).
+    """
     found = []
     fds = "/proc/%s/fd" % os.environ["pid"]
     for fd in os.listdir(fds):
         try:
             to = os.readlink(fds + "/" + fd)
-            if to.startswith(directory + "/") and to.endswith(" (deleted)"):
+            if (to.startswith(directory + "/") and to.endswith(" (deleted)")
+                    and not to.startswith(directory + "/valgrind_")):
                 found.append(os.stat(fds + "/" + fd))
         except FileNotFoundError:
             pass

@@ -6,6 +6,9 @@
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 requires prlimit --version
+case $TEST_WRAPPER in
+    *valgrind*) skip "valgrind has limits on open files of its own" ;;
+esac
 requires_plugin pattern
 
 limits ()

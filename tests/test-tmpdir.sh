@@ -31,7 +31,8 @@ for fd in os.listdir(fds):
         to = os.readlink(fds + "/" + fd)
     except FileNotFoundError:
         continue
-    if to.startswith(o + "/") and to.endswith(" (deleted)"):
+    if (to.startswith(o + "/") and to.endswith(" (deleted)")
+            and not to.startswith(o + "/valgrind_")):
         with open(fds + "info/" + fd) as f:
             flags = int(re.search(r"flags:\s*(\d+)", f.read()).group(1), 8)
         if not flags & os.O_CLOEXEC:
