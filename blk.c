@@ -1091,7 +1091,6 @@ blk_extents (struct overlay *o, const struct base *base, uint32_t count,
 {
   const bool only_one = flags & NBDKIT_FLAG_REQ_ONE;
   const uint64_t end = offset + count;
-  bool asked_base = false;
 
   /* nbdkit_add_extent merges what touches and is of one kind.  So the first
    * extent is finished when there is a second one.
@@ -1108,9 +1107,9 @@ blk_extents (struct overlay *o, const struct base *base, uint32_t count,
     if (run.state == BLOCK_HOLE && base->can_extents) {
       uint64_t covered;
 
-      if (only_one && asked_base)
+      /* Whether the first extent goes on is not worth asking the base. */
+      if (only_one && nbdkit_extents_count (extents) > 0)
         break;
-      asked_base = true;
       if (base_extents (base, run.length, offset, flags, extents, &covered,
                         err)
           == -1)
