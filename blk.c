@@ -146,14 +146,13 @@ file_offset (const struct overlay *o, uint64_t place, uint64_t offset)
   return (place << o->slot_shift) + (offset & (slot_size (o) - 1));
 }
 
-/* An error of the overlay file or of memory becomes that of the request.
- * nbdkit aborts on ENOTSUP where it does not expect it.
+/* An error of the overlay file or of memory becomes that of the request, if NBD
+ * has a name for it, else EIO: the client would see EINVAL, and on ENOTSUP nbdkit
+ * would abort.
  */
 static int
 overlay_error (const struct overlay *o, int err)
 {
-  if (err == ENOTSUP || err == EOPNOTSUPP)
-    err = EIO;
   errno = err;
   if (err == ENOMEM)
     nbdkit_error ("cow: out of memory for the map of an overlay");
@@ -161,7 +160,18 @@ overlay_error (const struct overlay *o, int err)
     nbdkit_error ("cow: overlay file in %s: %m; what was written before can "
                   "be read, and trimming some of it makes room",
                   o->store.dir);
-  return err;
+
+  switch (err) {
+  case EPERM:
+  case EROFS:
+  case ENOMEM:
+  case ENOSPC:
+  case EDQUOT:
+  case EFBIG:
+    return err;
+  default:
+    return EIO;
+  }
 }
 
 /*----------------------------------------------------------------------
@@ -458,18 +468,41 @@ change_commit (struct change *c)
   }
 }
 
-/* Give back the places that were taken for a request that failed. */
+/* Punch these blocks of the slot at PLACE. */
+static void
+punch_blocks (const struct overlay *o, uint64_t place, uint32_t blocks)
+{
+  while (blocks) {
+    const unsigned first = (unsigned) __builtin_ctz (blocks);
+    const unsigned count = bitmap_run_of_ones (blocks, first);
+
+    store_punch (&o->store,
+                 (place << o->slot_shift)
+                   + ((uint64_t) first << o->block_shift),
+                 (uint64_t) count << o->block_shift);
+    blocks &= ~bitmap_mask (first, count);
+  }
+}
+
+/* Give back what a request took that failed: its fresh places, and in the other
+ * slots what it may have written to blocks that it was going to allocate.
+ * Caller holds the slot locks, so nobody else has begun to use those.
+ */
 static void
 change_give_back (struct change *c)
 {
-  for (size_t i = 0, next; i < c->count; i = next) {
-    next = i + 1;
-    if (!has_fresh_place (&c->slots[i]))
+  const struct overlay *o = c->o;
+
+  for (size_t i = 0; i < c->count; ++i) {
+    const struct slot_change *s = &c->slots[i];
+    const uint32_t blocks = s->allocate & ~bitmap_allocated (s->found.state);
+
+    if (has_fresh_place (s))
+      store_give_back (&c->o->store, s->place, 1);
+    else if (s->place == 0) /* it came to none */
       continue;
-    while (next < c->count && has_fresh_place (&c->slots[next])
-           && c->slots[next].place == c->slots[i].place + (next - i))
-      next++;
-    store_give_back (&c->o->store, c->slots[i].place, next - i);
+    else
+      punch_blocks (o, s->place, blocks);
   }
 }
 
@@ -603,6 +636,15 @@ edges_read (struct edges *e, const struct overlay *o, const struct base *base,
  * Keeping bytes of the base
  */
 
+/* What is kept of the base is read in whole blocks, and in whole blocks of the
+ * base, so that nothing is read twice.
+ */
+static uint64_t
+unit_to_keep (const struct overlay *o, const struct base *base)
+{
+  return MAX (block_size (o), base->min_request);
+}
+
 /* Read blocks START .. END-1 of the base, END being block aligned or the end of
  * the disk, and fill up the last one with zeroes.  The caller frees them, and
  * holds no lock (rule 3).  NULL if it failed, which was reported, and *ERR.
@@ -671,12 +713,14 @@ read_holes (struct overlay *o, const struct base *base, enum on_read on_read,
   if (on_read == ON_READ_PASS)
     return base_read (base, buf, end - offset, offset, err);
 
-  const uint64_t start = ROUND_DOWN (offset, block_size (o));
-  const uint64_t stop = MIN (ROUND_UP (end, block_size (o)), o->size);
+  const uint64_t unit = unit_to_keep (o, base);
+  const uint64_t start = ROUND_DOWN (offset, unit);
+  const uint64_t stop = MIN (ROUND_UP (end, unit), o->size);
 
+  /* What cannot be read around it need not keep the client from what it wants. */
   bytes = fetch (o, base, start, stop, err);
   if (!bytes)
-    return -1;
+    return base_read (base, buf, end - offset, offset, err);
   memcpy (buf, bytes + (offset - start), end - offset);
 
   /* The client has what it asked for, kept or not. */
@@ -1035,9 +1079,11 @@ static int
 prefetch_and_keep (struct overlay *o, const struct base *base, uint64_t start,
                    uint64_t end, int *err)
 {
-  const uint64_t bs = block_size (o);
-  const uint64_t longest = MAX (ROUND_DOWN (base->max_request, bs), bs);
+  const uint64_t unit = unit_to_keep (o, base);
+  const uint64_t longest = MAX (ROUND_DOWN (base->max_request, unit), unit);
 
+  start = ROUND_DOWN (start, unit);
+  end = MIN (ROUND_UP (end, unit), o->size);
   while (start < end) {
     const uint64_t piece_end = MIN (end, start + longest);
     CLEANUP_FREE char *bytes = fetch (o, base, start, piece_end, err);

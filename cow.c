@@ -74,6 +74,7 @@ static void
 cow_unload (void)
 {
   overlays_free (overlays);
+  overlays = NULL;
 }
 
 static int
@@ -178,6 +179,11 @@ cow_config (nbdkit_next_config *next, nbdkit_backend *nxdata, const char *key,
 static int
 cow_get_ready (int thread_model)
 {
+  if (overlays) {
+    nbdkit_error ("cow: this filter can stand in front of a plugin only once; "
+                  "leave out one --filter=cow");
+    return -1;
+  }
   overlays = overlays_new (cow_scope, cow_max_overlays, cow_block_size);
   return overlays ? 0 : -1;
 }

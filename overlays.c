@@ -152,6 +152,24 @@ new_entry (const struct overlays *s, const char *name, uint64_t size)
   return entry;
 }
 
+/* A client's name for an export as it may stand in a log: in one line. */
+struct printable {
+  char text[128];
+};
+
+static struct printable
+printable (const char *name)
+{
+  struct printable p;
+  size_t i;
+
+  for (i = 0; name[i] && i < sizeof p.text - 1; ++i)
+    p.text[i]
+      = (unsigned char) name[i] < ' ' || name[i] == 127 ? '?' : name[i];
+  p.text[i] = '\0';
+  return p;
+}
+
 /* Caller holds the lock.  NULL: there is none. */
 static struct overlay_entry *
 find (struct overlays *s, const char *name)
@@ -172,14 +190,15 @@ add (struct overlays *s, const char *name, uint64_t size)
     nbdkit_error ("cow: export \"%s\" refused: there are as many overlays as "
                   "cow-max-overlays=%" PRIu64 " allows; start the server with "
                   "a larger value",
-                  name, s->max);
+                  printable (name).text, s->max);
     return NULL;
   }
   entry = new_entry (s, name, size);
   if (!entry
       || (s->scope == SCOPE_EXPORT
           && !tsearch (entry, &s->by_name, compare_names))) {
-    nbdkit_error ("cow: export \"%s\" refused: out of memory", name);
+    nbdkit_error ("cow: export \"%s\" refused: out of memory",
+                  printable (name).text);
     free_entry (entry);
     return NULL;
   }
@@ -200,7 +219,7 @@ overlays_get (struct overlays *s, const char *name, uint64_t size)
     nbdkit_error ("cow: export \"%s\" refused: the size of its base has "
                   "changed from %" PRIu64 " to %" PRIu64 " bytes, which the "
                   "changes made so far do not fit; restart the server",
-                  name, overlay_size (entry->overlay), size);
+                  printable (name).text, overlay_size (entry->overlay), size);
     return NULL;
   }
   if (!entry)

@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <stdarg.h>
 #include <stddef.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 
@@ -17,6 +18,8 @@
 
 bool short_transfers, fail_punches, no_tmpfile;
 atomic_uint nr_punches;
+atomic_ullong longest_punch;
+static int last_file = -1;
 
 static int calls_left;
 static int call_error;
@@ -110,6 +113,15 @@ shortened (size_t count)
   return short_transfers && count > 1 ? count - 1 : count;
 }
 
+unsigned long long
+bytes_of_last_file (void)
+{
+  struct stat st;
+
+  return fstat (last_file, &st) == 0 ? (unsigned long long) st.st_blocks * 512
+                                     : 0;
+}
+
 extern void *__real_malloc (size_t size);
 extern void *__real_calloc (size_t n, size_t size);
 extern void *__real_realloc (void *old, size_t size);
@@ -161,7 +173,10 @@ __wrap_open (const char *path, int flags, ...)
     errno = EOPNOTSUPP;
     return -1;
   }
-  return fails () ? -1 : __real_open (path, flags, mode);
+  if (fails ())
+    return -1;
+  last_file = __real_open (path, flags, mode);
+  return last_file;
 }
 
 ssize_t
@@ -208,6 +223,8 @@ int
 __wrap_fallocate (int fd, int mode, off_t offset, off_t count)
 {
   nr_punches++;
+  if ((unsigned long long) count > longest_punch)
+    longest_punch = (unsigned long long) count;
   if (fail_punches) {
     errno = EOPNOTSUPP;
     return -1;

@@ -39,6 +39,10 @@ extern bool short_transfers;
 /* Fail every punch with EOPNOTSUPP, or not; how many there were. */
 extern bool fail_punches;
 extern atomic_uint nr_punches;
+extern atomic_ullong longest_punch; /* in bytes */
+
+/* Bytes that the file takes which was opened last. */
+extern unsigned long long bytes_of_last_file (void);
 
 /* Say that there is no O_TMPFILE. */
 extern bool no_tmpfile;

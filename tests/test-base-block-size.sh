@@ -92,3 +92,20 @@ run 65536 65536 cow-on-read=true
 run 65536 1048576 cow-on-cache=true
 run 512 512 cow-block-size=64K
 run 65536 65536 cow-block-size=1M cow-on-cache=true
+
+# What is kept of the base is kept in blocks of the base, or the next read would
+# read them again.
+rm -f "$tmp/log"
+start_nbdkit --filter=log --filter=blocksize-policy pattern 1M \
+    logfile="$tmp/log" blocksize-minimum=64K blocksize-preferred=64K \
+    blocksize-error-policy=error \
+    cow-on-read=true
+py <<'END'
+h = connect()
+log = Log()
+for offset in range(0, 256 * K, 4 * K):
+    h.pread(4 * K, offset)
+expect(log.requests("Read"), [("Read", o, 64 * K)
+                              for o in range(0, 256 * K, 64 * K)], "reads")
+END
+stop_nbdkit

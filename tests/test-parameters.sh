@@ -37,6 +37,9 @@ expect(refused("b"), True, "refused")
 END
 stop_nbdkit
 
+# Two of this filter would share one set of overlays.
+nbdkit_refuses "only once" --filter="$FILTER" --filter="$FILTER" null 1M
+
 # What is for the plugin goes to the plugin.
 start_nbdkit null size=12345
 [ "$(nbdinfo --size "$uri")" -eq 12345 ] || die "size= did not reach the plugin"

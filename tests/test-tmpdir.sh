@@ -77,3 +77,10 @@ for dir in "${directories[@]}"; do
     TMPDIR=$dir nbdkit_refuses "$dir" --filter="$FILTER" pattern 1M
     TMPDIR=$dir nbdkit_refuses TMPDIR --filter="$FILTER" pattern 1M
 done
+
+# One that root can use, but not the user that the server becomes.
+if [ "$(id -u)" -eq 0 ] && id nobody >/dev/null 2>&1; then
+    mkdir -m 700 "$tmp/of-root"
+    TMPDIR=$tmp/of-root nbdkit_refuses "$tmp/of-root" -f -u nobody \
+        --filter="$FILTER" pattern 1M
+fi
