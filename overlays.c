@@ -9,6 +9,7 @@
 
 #include <config.h>
 
+#include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <pthread.h>
@@ -163,9 +164,11 @@ printable (const char *name)
   struct printable p;
   size_t i;
 
-  for (i = 0; name[i] && i < sizeof p.text - 1; ++i)
-    p.text[i]
-      = (unsigned char) name[i] < ' ' || name[i] == 127 ? '?' : name[i];
+  for (i = 0; name[i] && i < sizeof p.text - 1; ++i) {
+    const char c = name[i];
+
+    p.text[i] = (char) (iscntrl ((unsigned char) c) ? '?' : c);
+  }
   p.text[i] = '\0';
   return p;
 }
