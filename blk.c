@@ -39,6 +39,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "bitmap.h"
 #include "blk.h"
@@ -57,7 +58,7 @@
 #endif
 
 /* As much of the file is punched with locks held. */
-#define PUNCH_BYTES (4u << 20)
+#define PUNCH_BYTES (16u << 20)
 
 struct overlay {
   uint64_t size;        /* of the disk, in bytes; constant */
@@ -977,8 +978,9 @@ compare_places (const void *a, const void *b)
 }
 
 /* Give back the bytes of the blocks that C has turned from allocated to zero,
- * a few MiB at a time: in one piece nobody else could use the file meanwhile,
- * in very small ones the file system needs several times as long.  C's locks
+ * so much at a time that others wait a millisecond or two: in one piece nobody
+ * else could use the file meanwhile, in small ones it takes several times as
+ * long.  C's locks
  * were let go.
  */
 static void
@@ -1003,6 +1005,12 @@ punch_zeroed (struct change *c)
     for (unsigned block = 0; block < SLOT_BLOCKS; block += blocks_at_once)
       punch_slots (c->o, &c->slots[i], next - i,
                    bitmap_mask (block, blocks_at_once));
+
+    /* Whoever waits for the file's lock in the kernel gets it now; without a
+     * pause, only after some milliseconds.
+     */
+    if (next < count)
+      usleep (1);
   }
 }
 

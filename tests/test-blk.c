@@ -727,7 +727,7 @@ punches_of_what_is_zero_already (void **state)
  * Requests for more slots than there are locks
  */
 
-#define MANY_SLOTS 100
+#define MANY_SLOTS 300
 
 static struct fake_base many_fake;
 static pthread_t inner_thread;
@@ -794,8 +794,8 @@ requests_for_many_slots (void **state)
   nr_punches = 0;
   assert_int_equal (
     blk_zero (overlay, &base, ZERO_ANY, (uint32_t) size, 0, &err), 0);
-  assert_true (longest_punch <= 4 << 20);
-  assert_int_equal (nr_punches, (size + (4 << 20) - 1) / (4 << 20));
+  assert_true (longest_punch <= 16 << 20);
+  assert_int_equal (nr_punches, (size + (16 << 20) - 1) / (16 << 20));
   free (buf);
 }
 
