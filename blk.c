@@ -990,7 +990,7 @@ punch_zeroed (struct change *c)
   const size_t slots_at_once = MAX (PUNCH_BYTES >> o->slot_shift, 1);
   const unsigned blocks_at_once
     = MIN (MAX (PUNCH_BYTES >> o->block_shift, 1), SLOT_BLOCKS);
-  size_t count = 0;
+  size_t count = 0, since_pause = 0;
 
   for (size_t i = 0; i < c->count; ++i)
     if (zeroed_blocks (&c->slots[i]))
@@ -1009,8 +1009,11 @@ punch_zeroed (struct change *c)
     /* Whoever waits for the file's lock in the kernel gets it now; without a
      * pause, only after some milliseconds.
      */
-    if (next < count)
+    since_pause += next - i;
+    if (since_pause >= slots_at_once) {
       usleep (1);
+      since_pause = 0;
+    }
   }
 }
 
