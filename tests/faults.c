@@ -59,7 +59,7 @@ fails (void)
   return fails_with (call_error);
 }
 
-static int calls_until_interrupt;
+static atomic_int calls_until_interrupt;
 static bool interrupt_mutexes; /* those count, and not the other calls */
 static void (*interrupt_function) (void *arg);
 static void *interrupt_arg;
