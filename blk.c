@@ -494,7 +494,8 @@ change_give_back (struct change *c)
 {
   const struct overlay *o = c->o;
 
-  for (size_t i = 0; i < c->count; ++i) {
+  /* From the last one down, so that the end of the file moves back. */
+  for (size_t i = c->count; i-- > 0;) {
     const struct slot_change *s = &c->slots[i];
     const uint32_t blocks = s->allocate & ~bitmap_allocated (s->found.state);
 
