@@ -208,14 +208,15 @@ no_sanitizer_report ()
 # the filter), its exit status must be a failure and not a crash, and the last
 # error that it prints must contain WORD.  (One more may stand before it: nbdkit's
 # functions that parse a value print their own.)  The output is left in
-# $tmp/refused.
+# $tmp/refused.  No --run: its status would be the command's wherever that ends before
+# the server does.
 nbdkit_refuses ()
 {
     local word=$1 status=0
     shift
     # shellcheck disable=SC2086
-    ${under[@]+"${under[@]}"} $TEST_WRAPPER "$NBDKIT" -U - "$@" --run : \
-        </dev/null >"$tmp/refused" 2>&1 || status=$?
+    timeout -k 5 60 ${under[@]+"${under[@]}"} $TEST_WRAPPER "$NBDKIT" \
+        -f -U "$tmp/refused.sock" "$@" </dev/null >"$tmp/refused" 2>&1 || status=$?
     if [ $status -ne 1 ] || ! no_sanitizer_report "$tmp/refused" ||
        [ "$(grep -c 'error:' "$tmp/refused")" -gt 2 ] ||
        ! grep 'error:' "$tmp/refused" | tail -n 1 | grep -qF -e "$word"; then

@@ -81,6 +81,6 @@ done
 # One that root can use, but not the user that the server becomes.
 if [ "$(id -u)" -eq 0 ] && id nobody >/dev/null 2>&1; then
     mkdir -m 700 "$tmp/of-root"
-    TMPDIR=$tmp/of-root nbdkit_refuses "$tmp/of-root" -f -u nobody \
+    TMPDIR=$tmp/of-root nbdkit_refuses "$tmp/of-root" -u nobody \
         --filter="$FILTER" pattern 1M
 fi
