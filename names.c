@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Names of files (see names.h).
+ *
+ * Knows nothing of overlays, of images, or of nbdkit.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <limits.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "cleanup.h"
+#include "names.h"
+
+#define SUFFIX ".qcow2"
+
+char *
+names_directory (const char *path)
+{
+  const char *slash = strrchr (path, '/');
+
+  return slash == path ? strdup ("/")
+                       : strndup (path, (size_t) (slash - path));
+}
+
+char *
+names_join (const char *a, const char *b)
+{
+  char *path;
+  const char *slash = a[strlen (a) - 1] == '/' ? "" : "/";
+
+  if (asprintf (&path, "%s%s%s", a, slash, b) == -1) {
+    errno = ENOMEM;
+    return NULL;
+  }
+  return path;
+}
+
+/* The same without following the last component of PATH. */
+static char *
+resolve_directory (const char *path)
+{
+  const char *slash = strrchr (path, '/');
+  const char *base = slash ? slash + 1 : path;
+  CLEANUP_FREE char *named
+    = slash ? strndup (path, (size_t) (slash + 1 - path)) : strdup (".");
+  CLEANUP_FREE char *dir = named ? realpath (named, NULL) : NULL;
+
+  if (!dir)
+    return NULL;
+  if (*base == '\0') {
+    errno = EISDIR;
+    return NULL;
+  }
+  return names_join (dir, base);
+}
+
+char *
+names_resolve (const char *path)
+{
+  char *resolved = resolve_directory (path);
+
+  /* As many links as the kernel follows. */
+  for (int i = 0; resolved && i < 40; ++i) {
+    char to[PATH_MAX];
+    const ssize_t length = readlink (resolved, to, sizeof to - 1);
+    CLEANUP_FREE char *link = resolved;
+
+    if (length == -1 && (errno == EINVAL || errno == ENOENT)) {
+      link = NULL;
+      return resolved; /* no link, or nothing yet */
+    }
+    resolved = NULL;
+    if (length == -1)
+      return NULL;
+    to[length] = '\0';
+
+    CLEANUP_FREE char *dir = names_directory (link);
+    CLEANUP_FREE char *next = to[0] == '/' ? strdup (to)
+                              : dir        ? names_join (dir, to)
+                                           : NULL;
+    if (!next)
+      return NULL;
+    resolved = resolve_directory (next);
+  }
+  if (resolved) {
+    free (resolved);
+    errno = ELOOP;
+  }
+  return NULL;
+}
+
+/* Must the character at I of an export's name be encoded? */
+static bool
+is_special (const char *name, size_t i)
+{
+  const unsigned char c = (unsigned char) name[i];
+
+  return c <= ' ' || c == 0x7f || c == '%' || c == '/'
+         || (i == 0 && (c == '.' || strcmp (name, "default") == 0));
+}
+
+char *
+names_of_export (const char *export_name)
+{
+  const char *name = *export_name ? export_name : "default";
+  char *file = malloc (3 * strlen (name) + sizeof SUFFIX), *to = file;
+
+  if (!file)
+    return NULL;
+  for (size_t i = 0; name[i]; ++i) {
+    if (*export_name && is_special (name, i))
+      to += sprintf (to, "%%%02X", (unsigned char) name[i]);
+    else
+      *to++ = name[i];
+  }
+  memcpy (to, SUFFIX, sizeof SUFFIX);
+
+  if (strlen (file) > NAME_MAX) {
+    free (file);
+    errno = ENAMETOOLONG;
+    return NULL;
+  }
+  return file;
+}

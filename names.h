@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Names of files. */
+
+#ifndef COW_NAMES_H
+#define COW_NAMES_H
+
+/* Where a file of the name PATH is, or would be made: an absolute path without
+ * symbolic links.  Its directory must exist.  In memory that the caller frees; NULL
+ * and errno.
+ */
+extern char *names_resolve (const char *path);
+
+/* The directory of an absolute path, in memory that the caller frees; NULL and
+ * ENOMEM.
+ */
+extern char *names_directory (const char *path);
+
+/* A and B one behind the other with a slash in between, likewise. */
+extern char *names_join (const char *a, const char *b);
+
+/* The name of the file that holds the diff of an export: NAME.qcow2, where NAME is
+ * default for the default export "", and otherwise the export's name, in which
+ * whatever could leave the directory, clash with another one or hide the file is
+ * percent-encoded.  Likewise; ENAMETOOLONG if no file can have that name.
+ */
+extern char *names_of_export (const char *export_name);
+
+#endif /* COW_NAMES_H */

@@ -1,0 +1,351 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Space for the tables of a qcow2 image in an overlay file (see tables.h).
+ *
+ *   +--------+----------+----------------+---------+---------+---------+--
+ *   | header | L1 table | refcount table |  place  |  place  |  place  | ...
+ *   +--------+----------+----------------+---------+---------+---------+--
+ *    the head, mostly a hole              bytes of slots, and here and there
+ *                                         L2 tables and refcount blocks
+ *
+ * The head has its final layout from the start, for an L1 table must lie in one
+ * piece.  Space in it is set aside page by page, as the disk is touched.
+ *
+ * What is needed: one cluster for each L2 table with an entry that is not "hole",
+ * and refcount blocks for all of the file.  They are set aside in advance by a few
+ * at a time, so that most requests find enough.  Too much is given back by
+ * the save; too little cannot be, as blk.c asks before it changes a slot.
+ *
+ * Knows the format and the file, but not the map.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/uio.h>
+
+#include "cleanup.h"
+#include "tables.h"
+
+/* What file systems allocate in. */
+#define PAGE UINT64_C (4096)
+
+/* In advance, between these, and a quarter of what there is. */
+#define MIN_ADVANCE (UINT64_C (32) << 10)
+#define MAX_ADVANCE (UINT64_C (1) << 20)
+
+static uint64_t
+l1_size (const struct qcow2_geometry *g)
+{
+  return g->l1_entries * 8;
+}
+
+/* The bytes of the file that a refcount block is for. */
+static uint64_t
+bytes_per_refcount_block (const struct qcow2_geometry *g)
+{
+  return qcow2_refcounts_per_block (g) * g->cluster_size;
+}
+
+/* Room for the refcount table of a file that holds all of the disk twice.  A
+ * longer file has its refcount table elsewhere (image.c).
+ */
+static uint64_t
+reftable_room (const struct qcow2_geometry *g)
+{
+  const uint64_t per_block = bytes_per_refcount_block (g);
+  const uint64_t blocks = 2 * (g->disk_size / per_block) + 2 + 512;
+
+  return ROUND_UP (MIN (blocks * 8, QCOW2_MAX_REFTABLE_SIZE),
+                   (uint64_t) g->cluster_size);
+}
+
+static uint64_t
+reftable_offset (const struct qcow2_geometry *g)
+{
+  return (1 + qcow2_clusters (g, l1_size (g))) * g->cluster_size;
+}
+
+uint64_t
+tables_head_size (const struct qcow2_geometry *g)
+{
+  return reftable_offset (g) + reftable_room (g);
+}
+
+int
+tables_init (struct tables *t, const struct qcow2_geometry *g,
+             struct store *store, enum tables_space space)
+{
+  const uint64_t nr_pages = l1_size (g) / PAGE + 1;
+
+  *t = (struct tables) {
+    .geometry = *g,
+    .store = store,
+    .space = space,
+    .l1_offset = g->cluster_size,
+    .reftable_offset = reftable_offset (g),
+    .reftable_room = reftable_room (g),
+  };
+  t->l1_pages = calloc (nr_pages / 64 + 1, sizeof *t->l1_pages);
+  if (!t->l1_pages)
+    return -1;
+  atomic_init (&t->covered, 0);
+  pthread_mutex_init (&t->lock, NULL);
+  return 0;
+}
+
+void
+tables_destroy (struct tables *t)
+{
+  if (!t->l1_pages)
+    return;
+  pthread_mutex_destroy (&t->lock);
+  free (t->runs);
+  free (t->l1_pages);
+}
+
+/* Write zeroes, for file systems that set no space aside otherwise. */
+static int
+write_zeroes (struct tables *t, uint64_t offset, uint64_t count)
+{
+  static const char zeroes[PAGE];
+
+  while (count > 0) {
+    const uint64_t n = MIN (count, sizeof zeroes);
+    struct iovec iov = { .iov_base = (char *) zeroes, .iov_len = n };
+
+    if (store_writev (t->store, &iov, 1, offset) == -1)
+      return -1;
+    offset += n;
+    count -= n;
+  }
+  return 0;
+}
+
+static int
+set_aside (struct tables *t, uint64_t offset, uint64_t count)
+{
+  if (store_set_aside (t->store, offset, count) == 0)
+    return 0;
+  if (errno != EOPNOTSUPP && errno != ENOSYS)
+    return -1;
+  return write_zeroes (t, offset, count);
+}
+
+/* Remember places that were taken.  Caller holds the lock. */
+static int
+add_run (struct tables *t, uint64_t place, uint64_t count)
+{
+  struct place_run *last = t->nr_runs > 0 ? &t->runs[t->nr_runs - 1] : NULL;
+
+  if (last && last->first + last->count == place)
+    last->count += count;
+  else {
+    if (t->nr_runs == t->max_runs) {
+      const size_t max = t->max_runs ? 2 * t->max_runs : 4;
+      struct place_run *runs = realloc (t->runs, max * sizeof *runs);
+
+      if (!runs)
+        return -1;
+      t->runs = runs;
+      t->max_runs = max;
+    }
+    t->runs[t->nr_runs++]
+      = (struct place_run) { .first = place, .count = count };
+  }
+  t->nr_clusters += count * t->store->place_size / t->geometry.cluster_size;
+  return 0;
+}
+
+/* Have at least WANTED clusters in places.  Caller holds the lock. */
+static int
+take_places (struct tables *t, uint64_t wanted)
+{
+  while (t->nr_clusters < wanted) {
+    const uint64_t missing
+      = (wanted - t->nr_clusters) * t->geometry.cluster_size;
+    uint64_t place;
+    const uint64_t count = store_take (
+      t->store, (missing - 1) / t->store->place_size + 1, &place);
+
+    if (count == 0)
+      return -1;
+    if (add_run (t, place, count) == -1) {
+      store_give_back (t->store, place, count);
+      return -1;
+    }
+  }
+  return 0;
+}
+
+/* A range of the table clusters that lies in one piece. */
+struct piece {
+  uint64_t offset; /* in the file */
+  uint64_t count;  /* of clusters */
+};
+
+/* The clusters FIRST .. (< nr_clusters), at the most up to END.  Caller holds the
+ * lock, or is alone.
+ */
+static struct piece
+find_piece (const struct tables *t, uint64_t first, uint64_t end)
+{
+  const uint64_t per_place = t->store->place_size / t->geometry.cluster_size;
+  const struct place_run *run = t->runs;
+
+  while (first >= run->count * per_place) {
+    first -= run->count * per_place;
+    end -= run->count * per_place;
+    run++;
+  }
+  return (struct piece) {
+    .offset
+    = run->first * t->store->place_size + first * t->geometry.cluster_size,
+    .count = MIN (end, run->count * per_place) - first,
+  };
+}
+
+/* Have space for at least WANTED clusters.  Caller holds the lock. */
+static int
+have_space (struct tables *t, uint64_t wanted)
+{
+  const uint64_t cluster = t->geometry.cluster_size;
+
+  if (take_places (t, wanted) == -1)
+    return -1;
+  while (t->nr_with_space < wanted) {
+    const struct piece p = find_piece (t, t->nr_with_space, wanted);
+
+    if (set_aside (t, p.offset, p.count * cluster) == -1)
+      return -1;
+    t->nr_with_space += p.count;
+  }
+  return 0;
+}
+
+/* The refcount blocks of a file that ends at END, and one more, as places for
+ * tables make it longer.
+ */
+static uint64_t
+refcount_blocks (const struct tables *t, uint64_t end)
+{
+  return end / bytes_per_refcount_block (&t->geometry) + 2;
+}
+
+/* Have space for what is known to be needed, and something in advance.  Caller
+ * holds the lock.
+ */
+static int
+have_needed_space (struct tables *t)
+{
+  const uint64_t cluster = t->geometry.cluster_size;
+  uint64_t nr_blocks;
+
+  for (;;) {
+    nr_blocks = refcount_blocks (t, store_end (t->store));
+
+    const uint64_t needed = t->nr_l2 + nr_blocks;
+    if (needed <= t->nr_with_space)
+      break;
+
+    const uint64_t quarter = t->nr_with_space / 4 * cluster;
+    const uint64_t advance
+      = MIN (MAX (quarter, MIN_ADVANCE), MAX_ADVANCE) / cluster;
+    if (have_space (t, needed + advance) == -1)
+      return -1;
+  }
+
+  const uint64_t reftable_end
+    = MIN (ROUND_UP (nr_blocks * 8, PAGE), t->reftable_room);
+  if (reftable_end > t->reftable_space) {
+    if (set_aside (t, t->reftable_offset + t->reftable_space,
+                   reftable_end - t->reftable_space)
+        == -1)
+      return -1;
+    t->reftable_space = reftable_end;
+  }
+  atomic_store (&t->covered,
+                (nr_blocks - 1) * bytes_per_refcount_block (&t->geometry));
+  return 0;
+}
+
+/* Caller holds the lock. */
+static int
+have_l1_page (struct tables *t, uint64_t l2_nr)
+{
+  const uint64_t page = l2_nr * 8 / PAGE;
+  const uint64_t bit = UINT64_C (1) << page % 64;
+
+  if (t->l1_pages[page / 64] & bit)
+    return 0;
+  if (set_aside (t, t->l1_offset + page * PAGE, PAGE) == -1)
+    return -1;
+  t->l1_pages[page / 64] |= bit;
+  return 0;
+}
+
+/* The page of the header, which is needed in any case. */
+static int
+have_header (struct tables *t)
+{
+  if (t->nr_with_space > 0)
+    return 0;
+  if (store_make_file (t->store) == -1)
+    return -1;
+  return set_aside (t, 0, PAGE);
+}
+
+int
+tables_reserve_l2 (struct tables *t, uint64_t nr)
+{
+  if (t->space == TABLES_UNPLANNED)
+    return 0;
+
+  LOCK_FOR_SCOPE (&t->lock);
+
+  if (have_header (t) == -1 || have_l1_page (t, nr) == -1)
+    return -1;
+  t->nr_l2++;
+  if (have_needed_space (t) == 0)
+    return 0;
+  t->nr_l2--;
+  return -1;
+}
+
+int
+tables_reserve_refcounts (struct tables *t)
+{
+  if (t->space == TABLES_UNPLANNED
+      || store_end (t->store) <= atomic_load (&t->covered))
+    return 0;
+
+  LOCK_FOR_SCOPE (&t->lock);
+
+  return have_needed_space (t);
+}
+
+int
+tables_take (struct tables *t, uint64_t *offset)
+{
+  LOCK_FOR_SCOPE (&t->lock);
+
+  if (take_places (t, t->nr_used + 1) == -1)
+    return -1;
+  *offset = find_piece (t, t->nr_used, t->nr_used + 1).offset;
+  t->nr_used++;
+  return 0;
+}
+
+void
+tables_give_back (struct tables *t)
+{
+  LOCK_FOR_SCOPE (&t->lock);
+
+  for (uint64_t i = t->nr_used; i < t->nr_clusters;) {
+    const struct piece p = find_piece (t, i, t->nr_clusters);
+
+    store_punch (t->store, p.offset, p.count * t->geometry.cluster_size);
+    i += p.count;
+  }
+}
