@@ -12,11 +12,12 @@
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include "faults.h"
 #include "map.h"
 
-bool short_transfers, fail_punches, no_tmpfile;
+bool short_transfers, fail_punches, no_tmpfile, no_seek_data;
 atomic_uint nr_punches;
 atomic_ullong longest_punch;
 static int last_file = -1;
@@ -253,4 +254,28 @@ __wrap_map_find (const struct map *map, uint64_t nr)
 {
   maybe_interrupt (false);
   return __real_map_find (map, nr);
+}
+
+/* Only where a test is linked with --wrap=lseek and --wrap=fstat. */
+extern off_t __real_lseek (int fd, off_t offset, int whence);
+extern off_t __wrap_lseek (int fd, off_t offset, int whence);
+extern int __real_fstat (int fd, struct stat *st);
+extern int __wrap_fstat (int fd, struct stat *st);
+#pragma weak __real_lseek
+#pragma weak __real_fstat
+
+off_t
+__wrap_lseek (int fd, off_t offset, int whence)
+{
+  if (no_seek_data && whence == SEEK_DATA) {
+    errno = EINVAL;
+    return -1;
+  }
+  return fails () ? -1 : __real_lseek (fd, offset, whence);
+}
+
+int
+__wrap_fstat (int fd, struct stat *st)
+{
+  return fails () ? -1 : __real_fstat (fd, st);
 }

@@ -47,4 +47,7 @@ extern unsigned long long bytes_of_last_file (void);
 /* Say that there is no O_TMPFILE. */
 extern bool no_tmpfile;
 
+/* Say that the file system does not know where the holes of a file are. */
+extern bool no_seek_data;
+
 #endif /* COW_FAULTS_H */
