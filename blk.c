@@ -47,6 +47,7 @@
 #include "debug.h"
 #include "map.h"
 #include "store.h"
+#include "tables.h"
 
 /* As many as a word has bits.  (The deadlock detector of gcc's thread sanitizer
  * breaks down where a thread holds more than 64 locks of any kind.)
@@ -64,7 +65,12 @@ struct overlay {
   uint64_t size;        /* of the disk, in bytes; constant */
   unsigned block_shift; /* log2 of the block size; constant */
   unsigned slot_shift;  /* log2 of the slot size; constant */
+  bool detect_zeroes;   /* constant */
+  bool has_tables;      /* constant */
+  struct tables tables; /* if has_tables: for its image; has its own lock */
   atomic_bool changed;  /* set before the first change of a slot */
+  bool closed;          /* nothing changes any more; set under the exclusive
+                            * request lock */
   struct map map;       /* looked at under the request lock; slots are
                             * changed under their slot lock too */
   struct store store;   /* has its own lock */
@@ -84,21 +90,55 @@ slot_size (const struct overlay *o)
   return UINT64_C (1) << o->slot_shift;
 }
 
+/* Make the store, and if there is going to be an image, lay its file out for
+ * that.  0 or an errno value.
+ */
+static int
+init_store (struct overlay *o, const struct overlay_options *options)
+{
+  struct qcow2_geometry g;
+
+  if (options->fate == OVERLAY_THROWN_AWAY) {
+    store_init (&o->store, options->dir, NEWFILE_ANONYMOUS, slot_size (o), 1);
+    return 0;
+  }
+
+  if (qcow2_geometry_init (&g, o->size, options->block_size, options->format)
+      == -1)
+    return EFBIG;
+  if (tables_init (&o->tables, &g, &o->store,
+                   options->fate == OVERLAY_SAVED_IN_PLACE ? TABLES_SET_ASIDE
+                                                           : TABLES_UNPLANNED)
+      == -1)
+    return ENOMEM;
+  o->has_tables = true;
+  store_init (&o->store, options->dir, NEWFILE_TO_PUBLISH, slot_size (o),
+              ROUND_UP (tables_head_size (&g), slot_size (o))
+                >> o->slot_shift);
+  return 0;
+}
+
 struct overlay *
-overlay_new (uint64_t size, uint32_t block_size, const char *dir)
+overlay_new (uint64_t size, const struct overlay_options *options)
 {
   struct overlay *o = calloc (1, sizeof *o);
   pthread_rwlockattr_t attr;
+  int err;
 
   if (!o)
     return NULL;
   o->size = size;
-  o->block_shift = (unsigned) __builtin_ctz (block_size);
+  o->block_shift = (unsigned) __builtin_ctz (options->block_size);
   o->slot_shift = o->block_shift + (unsigned) __builtin_ctz (SLOT_BLOCKS);
+  o->detect_zeroes = options->detect_zeroes;
   atomic_init (&o->changed, false);
-
+  err = init_store (o, options);
+  if (err) {
+    free (o);
+    errno = err;
+    return NULL;
+  }
   map_init (&o->map, (size >> o->slot_shift) + (size % slot_size (o) > 0));
-  store_init (&o->store, dir, slot_size (o));
 
   /* The default kind lets a stream of readers starve the one who wants the
    * lock for itself.
@@ -121,9 +161,40 @@ overlay_free (struct overlay *o)
   for (unsigned i = 0; i < NR_STRIPES; ++i)
     pthread_mutex_destroy (&o->slot_locks[i]);
   pthread_rwlock_destroy (&o->request_lock);
-  store_destroy (&o->store);
   map_destroy (&o->map);
+  store_destroy (&o->store);
+  if (o->has_tables)
+    tables_destroy (&o->tables);
   free (o);
+}
+
+void
+overlay_close (struct overlay *o)
+{
+  /* Rule 7: whoever changes something does so in one hold of the request lock, and
+   * so has done all of it by now, or will find this.
+   */
+  pthread_rwlock_wrlock (&o->request_lock);
+  o->closed = true;
+  pthread_rwlock_unlock (&o->request_lock);
+}
+
+const struct map *
+overlay_map (const struct overlay *o)
+{
+  return &o->map;
+}
+
+struct store *
+overlay_store (struct overlay *o)
+{
+  return &o->store;
+}
+
+struct tables *
+overlay_tables (struct overlay *o)
+{
+  return &o->tables;
 }
 
 uint64_t
@@ -154,6 +225,9 @@ file_offset (const struct overlay *o, uint64_t place, uint64_t offset)
 static int
 overlay_error (const struct overlay *o, int err)
 {
+  if (err == ESHUTDOWN) /* nothing is wrong: the server ends */
+    return err;
+
   errno = err;
   if (err == ENOMEM)
     nbdkit_error ("cow: out of memory for the map of an overlay");
@@ -317,8 +391,9 @@ change_unlock (struct change *c)
 }
 
 /* Lock the slots of the disk's bytes OFFSET .. END-1 and look at them.  0, and
- * the locks are held until change_end; or an errno value, and they are not.
- * C is to be declared with CLEANUP_CHANGE.
+ * the locks are held until change_end; or an errno value, and they are not:
+ * ENOMEM, or ESHUTDOWN when the overlay was closed.  C is to be declared with
+ * CLEANUP_CHANGE.
  */
 static int
 change_begin (struct change *c, struct overlay *o, uint64_t offset,
@@ -337,6 +412,10 @@ change_begin (struct change *c, struct overlay *o, uint64_t offset,
 
   lock_stripes (o, c->stripes);
   pthread_rwlock_rdlock (&o->request_lock);
+  if (o->closed) {
+    change_unlock (c);
+    return ESHUTDOWN;
+  }
 
   for (size_t i = 0; i < c->count; ++i) {
     struct slot *slot = map_touch (&o->map, c->first + i);
@@ -365,7 +444,62 @@ needs_place (const struct slot_change *s)
   return s->allocate && s->place == 0;
 }
 
-/* Give a place to every slot that needs one.  0 or an errno value. */
+/* Has a slot a block that is no hole? */
+static bool
+is_touched (const struct overlay *o, uint64_t nr)
+{
+  const struct slot *slot
+    = nr < o->map.nr_slots ? map_find (&o->map, nr) : NULL;
+
+  return slot && slot_load (slot).state != 0;
+}
+
+/* Has any slot of the L2 table of slot NR?  Most often a neighbour has. */
+static bool
+l2_table_is_touched (const struct overlay *o, uint64_t nr)
+{
+  const uint64_t per_l2 = o->tables.geometry.slots_per_l2;
+  const uint64_t start = ROUND_DOWN (nr, per_l2), end = start + per_l2;
+
+  if (nr > start && is_touched (o, nr - 1))
+    return true;
+  for (uint64_t i = map_next (&o->map, start); i < end && i < o->map.nr_slots;
+       i = map_next (&o->map, i + 1))
+    if (is_touched (o, i))
+      return true;
+  return false;
+}
+
+/* Set space aside for the tables of an image, where the change is the first in an
+ * L2 table.  A table with a block that is no hole has its space, for that
+ * was set aside before the block was changed, and no block becomes a hole again.
+ * Two requests that are both the first set it aside twice.  0 or an errno value.
+ */
+static int
+change_reserve_tables (struct change *c)
+{
+  struct overlay *o = c->o;
+  uint64_t last_l2 = UINT64_MAX;
+
+  if (!o->has_tables)
+    return 0;
+  for (size_t i = 0; i < c->count; ++i) {
+    const struct slot_change *s = &c->slots[i];
+    const uint64_t l2 = s->nr / o->tables.geometry.slots_per_l2;
+
+    if (s->found.state != 0 || !(s->allocate | s->zero) || l2 == last_l2
+        || l2_table_is_touched (o, s->nr))
+      continue;
+    if (tables_reserve_l2 (&o->tables, l2) == -1)
+      return errno;
+    last_l2 = l2;
+  }
+  return tables_reserve_refcounts (&o->tables) == -1 ? errno : 0;
+}
+
+/* Give a place to every slot that needs one, and set aside what an image will need
+ * for the change.  0 or an errno value.
+ */
 static int
 change_take_places (struct change *c)
 {
@@ -386,7 +520,7 @@ change_take_places (struct change *c)
     c->slots[i].place = place++;
     got--;
   }
-  return 0;
+  return change_reserve_tables (c);
 }
 
 /* Of the NR_PARTS pieces of memory, which lie one behind the other, those that
@@ -526,6 +660,15 @@ change_at (struct change *c, uint64_t offset)
   return &c->slots[(offset >> c->o->slot_shift) - c->first];
 }
 
+/* Is the block at OFFSET one that becomes allocated, or stays so? */
+static bool
+change_allocates (const struct change *c, uint64_t offset)
+{
+  return c->slots[(offset >> c->o->slot_shift) - c->first].allocate
+           >> (offset >> c->o->block_shift & (SLOT_BLOCKS - 1))
+         & 1;
+}
+
 /* The blocks of START .. END-1, both block aligned, that are in slot I. */
 static uint32_t
 blocks_in_slot (const struct change *c, size_t i, uint64_t start, uint64_t end)
@@ -547,6 +690,126 @@ found_state (struct change *c, uint64_t offset)
 {
   return bitmap_state (change_at (c, offset)->found.state,
                        offset >> c->o->block_shift & (SLOT_BLOCKS - 1));
+}
+
+/*----------------------------------------------------------------------
+ * Giving space back
+ */
+
+/* The blocks of a slot that were allocated and that the change made zero. */
+static uint32_t
+zeroed_blocks (const struct slot_change *s)
+{
+  return bitmap_allocated (s->found.state) & s->zero;
+}
+
+/* A range of the file with nothing in it that counts. */
+struct gap {
+  uint64_t start, end;
+  bool worth_punching; /* there may be bytes to give back */
+};
+
+static void
+punch_gap (const struct overlay *o, struct gap *gap)
+{
+  if (gap->worth_punching) {
+    VERBOSE ("punching %" PRIu64 " bytes", gap->end - gap->start);
+    store_punch (&o->store, gap->start, gap->end - gap->start);
+  }
+  gap->worth_punching = false;
+}
+
+/* Punch what is not allocated of the blocks PIECE in the places of COUNT slots,
+ * which lie one behind the other, in one short hold of both locks (rule 6): the
+ * zero blocks,
+ * and the holes between them, so that fewer and longer ranges are punched.
+ * Whoever is about to write to any of these blocks needs the slot lock.
+ */
+static void
+punch_slots (struct overlay *o, const struct slot_change *slots, size_t count,
+             uint32_t piece)
+{
+  struct gap gap = { .worth_punching = false };
+  uint64_t stripes = 0;
+
+  for (size_t i = 0; i < count; ++i)
+    stripes |= stripes_of (slots[i].nr, 1);
+  lock_stripes (o, stripes);
+  pthread_rwlock_rdlock (&o->request_lock);
+
+  for (size_t i = 0; i < count; ++i) {
+    const struct slot_pair pair = slot_load (map_find (&o->map, slots[i].nr));
+    uint32_t unused = ~bitmap_allocated (pair.state) & piece;
+
+    while (unused) {
+      const unsigned first = (unsigned) __builtin_ctz (unused);
+      const uint32_t run
+        = bitmap_mask (first, bitmap_run_of_ones (unused, first));
+      const uint64_t start
+        = (pair.place << o->slot_shift) + ((uint64_t) first << o->block_shift);
+
+      if (start != gap.end) {
+        punch_gap (o, &gap);
+        gap.start = start;
+      }
+      gap.end
+        = start + ((uint64_t) __builtin_popcount (run) << o->block_shift);
+      gap.worth_punching |= (zeroed_blocks (&slots[i]) & run) != 0;
+      unused &= ~run;
+    }
+  }
+  punch_gap (o, &gap);
+
+  pthread_rwlock_unlock (&o->request_lock);
+  unlock_stripes (o, stripes);
+}
+
+static int
+compare_places (const void *a, const void *b)
+{
+  const struct slot_change *slot_a = a, *slot_b = b;
+
+  return (slot_a->place > slot_b->place) - (slot_a->place < slot_b->place);
+}
+
+/* Give back the bytes of the blocks that C has turned from allocated to zero,
+ * so much at a time that others wait a millisecond or two: in one piece nobody
+ * else could use the file meanwhile, in small ones it takes several times as
+ * long.  C's locks
+ * were let go.
+ */
+static void
+punch_zeroed (struct change *c)
+{
+  const struct overlay *o = c->o;
+  const size_t slots_at_once = MAX (PUNCH_BYTES >> o->slot_shift, 1);
+  const unsigned blocks_at_once
+    = MIN (MAX (PUNCH_BYTES >> o->block_shift, 1), SLOT_BLOCKS);
+  size_t count = 0, since_pause = 0;
+
+  for (size_t i = 0; i < c->count; ++i)
+    if (zeroed_blocks (&c->slots[i]))
+      c->slots[count++] = c->slots[i];
+  qsort (c->slots, count, sizeof *c->slots, compare_places);
+
+  for (size_t i = 0, next; i < count; i = next) {
+    next = i + 1;
+    while (next < count && next - i < slots_at_once
+           && c->slots[next].place == c->slots[i].place + (next - i))
+      next++;
+    for (unsigned block = 0; block < SLOT_BLOCKS; block += blocks_at_once)
+      punch_slots (c->o, &c->slots[i], next - i,
+                   bitmap_mask (block, blocks_at_once));
+
+    /* Whoever waits for the file's lock in the kernel gets it now; without a
+     * pause, only after some milliseconds.
+     */
+    since_pause += next - i;
+    if (since_pause >= slots_at_once) {
+      usleep (1);
+      since_pause = 0;
+    }
+  }
 }
 
 /*----------------------------------------------------------------------
@@ -791,6 +1054,89 @@ overwrite (const struct overlay *o, const char *buf, uint64_t offset,
   return 0;
 }
 
+static bool
+is_zero (const char *buf, size_t count)
+{
+  return count == 0 || (buf[0] == 0 && memcmp (buf, buf + 1, count - 1) == 0);
+}
+
+/* Do the bytes OFFSET .. END-1 of the disk, in BUF, cover a block of zeroes? */
+static bool
+has_zero_block (const struct overlay *o, const char *buf, uint64_t offset,
+                uint64_t end)
+{
+  const uint64_t bs = block_size (o);
+
+  for (uint64_t block = ROUND_UP (offset, bs); block + bs <= end; block += bs)
+    if (is_zero (buf + (block - offset), bs))
+      return true;
+  return false;
+}
+
+/* Let blocks that would become allocated, or stay so, and of which all bytes are
+ * at hand and zero, become zero.  The bytes from OFFSET of the disk on are in
+ * PARTS.  Of an allocated block that the request does not cover, not all bytes are
+ * at hand.
+ */
+static void
+change_detect_zeroes (struct change *c, const struct iovec *parts,
+                      int nr_parts, uint64_t offset)
+{
+  const struct overlay *o = c->o;
+  const uint64_t bs = block_size (o);
+  uint64_t end = offset;
+
+  for (int i = 0; i < nr_parts; ++i)
+    end += parts[i].iov_len;
+
+  for (uint64_t block = ROUND_UP (offset, bs); block < end; block += bs) {
+    struct slot_change *s = change_at (c, block);
+    const uint32_t bit
+      = bitmap_mask (block >> o->block_shift & (SLOT_BLOCKS - 1), 1);
+    struct iovec iov[MAX_PARTS];
+    bool zero = block + bs <= end || end == o->size;
+
+    const int nr_iov = slice (parts, nr_parts, block - offset,
+                              MIN (block + bs, end) - offset, iov);
+    for (int i = 0; i < nr_iov && zero; ++i)
+      zero = is_zero (iov[i].iov_base, iov[i].iov_len);
+    if (zero) {
+      s->zero |= bit;
+      s->allocate &= ~bit;
+    }
+  }
+}
+
+/* The same as change_write, but leaves out blocks that become zero. */
+static int
+change_write_allocated (const struct change *c, const struct iovec *parts,
+                        int nr_parts, uint64_t offset)
+{
+  const struct overlay *o = c->o;
+  const uint64_t bs = block_size (o);
+  uint64_t end = offset, pos = offset;
+  int err = 0;
+
+  for (int i = 0; i < nr_parts; ++i)
+    end += parts[i].iov_len;
+
+  while (pos < end && !err) {
+    const bool write = change_allocates (c, pos);
+    struct iovec iov[MAX_PARTS];
+    uint64_t next = ROUND_DOWN (pos, bs) + bs;
+
+    while (next < end && change_allocates (c, next) == write)
+      next += bs;
+    next = MIN (next, end);
+    if (write)
+      err = change_write (
+        c, iov, slice (parts, nr_parts, pos - offset, next - offset, iov),
+        pos);
+    pos = next;
+  }
+  return err;
+}
+
 /* Write to blocks of any state.  What the request leaves out of the blocks at
  * its ends is in E.
  */
@@ -825,17 +1171,25 @@ write_blocks (struct overlay *o, const char *buf, const struct edges *e)
       memset (after.iov_base, 0, after.iov_len);
   }
 
-  err = change_take_places (&c);
-  if (!err) {
-    const struct iovec parts[MAX_PARTS] = {
-      before,
-      { .iov_base = (char *) buf, .iov_len = e->end - e->offset },
-      after,
-    };
+  const struct iovec parts[MAX_PARTS] = {
+    before,
+    { .iov_base = (char *) buf, .iov_len = e->end - e->offset },
+    after,
+  };
+  const uint64_t start = e->offset - before.iov_len;
 
-    err = change_write (&c, parts, MAX_PARTS, e->offset - before.iov_len);
-  }
-  return change_end (&c, err);
+  if (o->detect_zeroes)
+    change_detect_zeroes (&c, parts, MAX_PARTS, start);
+  err = change_take_places (&c);
+  if (!err)
+    err = o->detect_zeroes
+            ? change_write_allocated (&c, parts, MAX_PARTS, start)
+            : change_write (&c, parts, MAX_PARTS, start);
+
+  err = change_end (&c, err);
+  if (!err && o->detect_zeroes)
+    punch_zeroed (&c);
+  return err;
 }
 
 int
@@ -853,7 +1207,13 @@ blk_write (struct overlay *o, const struct base *base, const void *buf,
    */
   {
     READ_LOCK_FOR_SCOPE (&o->request_lock);
-    if (all_allocated (o, offset, offset + count)) {
+    if (o->closed) {
+      r = ESHUTDOWN;
+      done = true;
+    }
+    else if (all_allocated (o, offset, offset + count)
+             && !(o->detect_zeroes
+                  && has_zero_block (o, buf, offset, offset + count))) {
       r = overwrite (o, buf, offset, offset + count);
       done = true;
     }
@@ -899,122 +1259,6 @@ zero_edge (struct change *c, const struct edges *e, uint64_t block)
   case BLOCK_ZERO:
   default:
     return 0;
-  }
-}
-
-/* The blocks of a slot that were allocated and that the change made zero. */
-static uint32_t
-zeroed_blocks (const struct slot_change *s)
-{
-  return bitmap_allocated (s->found.state) & s->zero;
-}
-
-/* A range of the file with nothing in it that counts. */
-struct gap {
-  uint64_t start, end;
-  bool worth_punching; /* there may be bytes to give back */
-};
-
-static void
-punch_gap (const struct overlay *o, struct gap *gap)
-{
-  if (gap->worth_punching) {
-    VERBOSE ("punching %" PRIu64 " bytes", gap->end - gap->start);
-    store_punch (&o->store, gap->start, gap->end - gap->start);
-  }
-  gap->worth_punching = false;
-}
-
-/* Punch what is not allocated of the blocks PIECE in the places of COUNT slots,
- * which lie one behind the other, in one short hold of both locks (rule 6): the
- * zero blocks,
- * and the holes between them, so that fewer and longer ranges are punched.
- * Whoever is about to write to any of these blocks needs the slot lock.
- */
-static void
-punch_slots (struct overlay *o, const struct slot_change *slots, size_t count,
-             uint32_t piece)
-{
-  struct gap gap = { .worth_punching = false };
-  uint64_t stripes = 0;
-
-  for (size_t i = 0; i < count; ++i)
-    stripes |= stripes_of (slots[i].nr, 1);
-  lock_stripes (o, stripes);
-  pthread_rwlock_rdlock (&o->request_lock);
-
-  for (size_t i = 0; i < count; ++i) {
-    const struct slot_pair pair = slot_load (map_find (&o->map, slots[i].nr));
-    uint32_t unused = ~bitmap_allocated (pair.state) & piece;
-
-    while (unused) {
-      const unsigned first = (unsigned) __builtin_ctz (unused);
-      const uint32_t run
-        = bitmap_mask (first, bitmap_run_of_ones (unused, first));
-      const uint64_t start
-        = (pair.place << o->slot_shift) + ((uint64_t) first << o->block_shift);
-
-      if (start != gap.end) {
-        punch_gap (o, &gap);
-        gap.start = start;
-      }
-      gap.end
-        = start + ((uint64_t) __builtin_popcount (run) << o->block_shift);
-      gap.worth_punching |= (zeroed_blocks (&slots[i]) & run) != 0;
-      unused &= ~run;
-    }
-  }
-  punch_gap (o, &gap);
-
-  pthread_rwlock_unlock (&o->request_lock);
-  unlock_stripes (o, stripes);
-}
-
-static int
-compare_places (const void *a, const void *b)
-{
-  const struct slot_change *slot_a = a, *slot_b = b;
-
-  return (slot_a->place > slot_b->place) - (slot_a->place < slot_b->place);
-}
-
-/* Give back the bytes of the blocks that C has turned from allocated to zero,
- * so much at a time that others wait a millisecond or two: in one piece nobody
- * else could use the file meanwhile, in small ones it takes several times as
- * long.  C's locks
- * were let go.
- */
-static void
-punch_zeroed (struct change *c)
-{
-  const struct overlay *o = c->o;
-  const size_t slots_at_once = MAX (PUNCH_BYTES >> o->slot_shift, 1);
-  const unsigned blocks_at_once
-    = MIN (MAX (PUNCH_BYTES >> o->block_shift, 1), SLOT_BLOCKS);
-  size_t count = 0, since_pause = 0;
-
-  for (size_t i = 0; i < c->count; ++i)
-    if (zeroed_blocks (&c->slots[i]))
-      c->slots[count++] = c->slots[i];
-  qsort (c->slots, count, sizeof *c->slots, compare_places);
-
-  for (size_t i = 0, next; i < count; i = next) {
-    next = i + 1;
-    while (next < count && next - i < slots_at_once
-           && c->slots[next].place == c->slots[i].place + (next - i))
-      next++;
-    for (unsigned block = 0; block < SLOT_BLOCKS; block += blocks_at_once)
-      punch_slots (c->o, &c->slots[i], next - i,
-                   bitmap_mask (block, blocks_at_once));
-
-    /* Whoever waits for the file's lock in the kernel gets it now; without a
-     * pause, only after some milliseconds.
-     */
-    since_pause += next - i;
-    if (since_pause >= slots_at_once) {
-      usleep (1);
-      since_pause = 0;
-    }
   }
 }
 

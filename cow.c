@@ -10,8 +10,10 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -22,7 +24,11 @@
 #include "blk.h"
 #include "cleanup.h"
 #include "debug.h"
+#include "ending.h"
+#include "loads.h"
+#include "lone.h"
 #include "overlays.h"
+#include "save.h"
 
 /* The callbacks have the parameters that nbdkit gives them. */
 #pragma GCC diagnostic ignored "-Wunused-parameter"
@@ -36,6 +42,7 @@ NBDKIT_DLL_PUBLIC int cow_debug_verbose;
 /* Parameters. */
 static uint32_t cow_block_size = MIN_BLOCK_SIZE;
 static bool cow_on_cache;
+static bool cow_detect_zeroes;
 static enum {
   COW_ON_READ_FALSE,
   COW_ON_READ_TRUE,
@@ -44,9 +51,20 @@ static enum {
 static const char *cow_on_read_path;
 static enum scope cow_scope = SCOPE_EXPORT;
 static uint64_t cow_max_overlays = 1024;
+static struct save_options cow_save;
+static const char *save_detail; /* a cow-save-* that was given */
+static const char **cow_loads;
+static size_t nr_cow_loads;
+
+/* Those of the plugin and of filters below. */
+static struct parameter *others;
+static size_t nr_others;
 
 /* All overlays of this server. */
 static struct overlays *overlays;
+
+/* Something could not be saved. */
+static atomic_bool save_failed;
 
 /* A connection. */
 struct handle {
@@ -75,6 +93,8 @@ cow_unload (void)
 {
   overlays_free (overlays);
   overlays = NULL;
+  free (cow_loads);
+  free (others);
 }
 
 static int
@@ -113,15 +133,15 @@ parse_on_read (const char *value)
 }
 
 static int
-parse_on_cache (const char *value)
+parse_bool (const char *key, const char *value, bool *result)
 {
   const int r = nbdkit_parse_bool (value);
 
   if (r == -1) {
-    nbdkit_error ("cow-on-cache=%s: must be true or false", value);
+    nbdkit_error ("%s=%s: must be true or false", key, value);
     return -1;
   }
-  cow_on_cache = r;
+  *result = r;
   return 0;
 }
 
@@ -152,46 +172,240 @@ parse_max_overlays (const char *value)
 }
 
 static int
+parse_save_format (const char *value)
+{
+  if (strcmp (value, "portable") == 0)
+    cow_save.format = QCOW2_PORTABLE;
+  else if (strcmp (value, "extended") == 0)
+    cow_save.format = QCOW2_EXTENDED;
+  else {
+    nbdkit_error ("cow-save-format=%s: must be portable or extended", value);
+    return -1;
+  }
+  return 0;
+}
+
+/* The parameters that begin with "cow-save".  1: this is none. */
+static int
+parse_save (const char *key, const char *value)
+{
+  if (strcmp (key, "cow-save") == 0) {
+    if (cow_save.target) {
+      nbdkit_error ("cow-save=%s: can be given only once", value);
+      return -1;
+    }
+    cow_save.target = value;
+    return 0;
+  }
+  if (strncmp (key, "cow-save-", 9) != 0)
+    return 1;
+
+  save_detail = key;
+  if (strcmp (key, "cow-save-backing") == 0)
+    cow_save.backing = value;
+  else if (strcmp (key, "cow-save-backing-format") == 0)
+    cow_save.backing_format = value;
+  else if (strcmp (key, "cow-save-compact") == 0)
+    return parse_bool (key, value, &cow_save.compact);
+  else if (strcmp (key, "cow-save-format") == 0)
+    return parse_save_format (value);
+  else
+    return 1;
+  return 0;
+}
+
+static int
+add_load (const char *value)
+{
+  const char **loads
+    = realloc (cow_loads, (nr_cow_loads + 1) * sizeof *cow_loads);
+
+  if (!loads) {
+    nbdkit_error ("cow: out of memory");
+    return -1;
+  }
+  cow_loads = loads;
+  cow_loads[nr_cow_loads++] = value;
+  return 0;
+}
+
+/* Remember a parameter that is not ours. */
+static int
+add_other (const char *key, const char *value)
+{
+  struct parameter *p = realloc (others, (nr_others + 1) * sizeof *others);
+
+  if (!p) {
+    nbdkit_error ("cow: out of memory");
+    return -1;
+  }
+  others = p;
+  others[nr_others++] = (struct parameter) { .key = key, .value = value };
+  return 0;
+}
+
+static int
 cow_config (nbdkit_next_config *next, nbdkit_backend *nxdata, const char *key,
             const char *value)
 {
+  const int saves = parse_save (key, value);
+
+  if (saves <= 0)
+    return saves;
   if (strcmp (key, "cow-block-size") == 0)
     return parse_block_size (value);
   if (strcmp (key, "cow-on-read") == 0)
     return parse_on_read (value);
   if (strcmp (key, "cow-on-cache") == 0)
-    return parse_on_cache (value);
+    return parse_bool (key, value, &cow_on_cache);
+  if (strcmp (key, "cow-detect-zeroes") == 0)
+    return parse_bool (key, value, &cow_detect_zeroes);
+  if (strcmp (key, "cow-load") == 0)
+    return add_load (value);
   if (strcmp (key, "cow-scope") == 0)
     return parse_scope (value);
   if (strcmp (key, "cow-max-overlays") == 0)
     return parse_max_overlays (value);
+  if (add_other (key, value) == -1)
+    return -1;
   return next (nxdata, key, value);
+}
+
+/* Parameters that contradict each other. */
+static int
+cow_config_complete (nbdkit_next_config_complete *next, nbdkit_backend *nxdata)
+{
+  if (save_detail && !cow_save.target) {
+    nbdkit_error ("%s: says how to save, but not where to; add cow-save",
+                  save_detail);
+    return -1;
+  }
+  if (cow_save.target && cow_scope == SCOPE_CONNECTION) {
+    nbdkit_error ("cow-save=%s: cannot be used with cow-scope=connection, "
+                  "which throws away each overlay when its client "
+                  "disconnects; leave out one of them",
+                  cow_save.target);
+    return -1;
+  }
+  if (cow_save.format == QCOW2_EXTENDED
+      && cow_block_size > QCOW2_MAX_EXTENDED_BLOCK_SIZE) {
+    nbdkit_error ("cow-save-format=extended: takes blocks of 64K at the most; "
+                  "lower cow-block-size, or use cow-save-format=portable");
+    return -1;
+  }
+  return next (nxdata);
 }
 
 #define cow_config_help                                                       \
   "cow-block-size=<N>             Size of a block (default 4K).\n"            \
+  "cow-detect-zeroes=<BOOL>       Take no space for zeroes that are "         \
+  "written.\n"                                                                \
+  "cow-load=<FILE>|<DIR>/         Start from a diff; repeat for more.\n"      \
   "cow-on-cache=<BOOL>            Copy prefetched data to the overlay.\n"     \
   "cow-on-read=<BOOL>|/PATH       Copy data that is read to the overlay.\n"   \
+  "cow-save=<FILE>|<DIR>/|-       At exit, save the changes as qcow2.\n"      \
+  "cow-save-backing=<NAME>|none   Backing file that the image names.\n"       \
+  "cow-save-backing-format=<FMT>  Its format (default raw).\n"                \
+  "cow-save-compact=<BOOL>        Save a copy in the order of the disk.\n"    \
+  "cow-save-format=portable|extended  Kind of L2 entries (portable).\n"       \
   "cow-scope=export|connection    What has an overlay of its own (export).\n" \
   "cow-max-overlays=<N>           Most overlays at a time (default 1024)."
+
+/* Look at what is to be loaded, and where to save. */
+static int
+find_images (struct overlays_options *options)
+{
+  if (nr_cow_loads > 0) {
+    options->loads = loads_new (cow_loads, nr_cow_loads, cow_save.target);
+    if (!options->loads)
+      return -1;
+  }
+  if (cow_save.target) {
+    options->save = save_new (&cow_save, options->loads, others, nr_others);
+    if (!options->save) {
+      loads_free (options->loads);
+      return -1;
+    }
+  }
+  return 0;
+}
 
 /* Here and not in .after_fork: there it is too late to fail. */
 static int
 cow_get_ready (int thread_model)
 {
+  struct overlays_options options = {
+    .scope = cow_scope,
+    .max = cow_max_overlays,
+    .overlay = { .block_size = cow_block_size,
+                 .detect_zeroes = cow_detect_zeroes,
+                 .format = cow_save.format },
+  };
+
   if (overlays) {
     nbdkit_error ("cow: this filter can stand in front of a plugin only once; "
                   "leave out one --filter=cow");
     return -1;
   }
-  overlays = overlays_new (cow_scope, cow_max_overlays, cow_block_size);
+  if (find_images (&options) == -1)
+    return -1;
+  overlays = overlays_new (&options);
   return overlays ? 0 : -1;
+}
+
+/* Called by the thread that waits for the server's end. */
+static void
+save_now (void)
+{
+  if (overlays_save (overlays) == -1)
+    save_failed = true;
 }
 
 static int
 cow_after_fork (nbdkit_backend *backend)
 {
-  return overlays_start (overlays);
+  if (overlays_start (overlays) == -1)
+    return -1;
+  if (cow_save.target && ending_watch (save_now) == -1) {
+    nbdkit_error ("cow-save=%s: cannot watch for the server's end: %m",
+                  cow_save.target);
+    return -1;
+  }
+  return 0;
+}
+
+/* An image of a disk that nobody connected to. */
+static void
+save_untouched (nbdkit_backend *backend)
+{
+  struct base base;
+
+  if (lone_base_open (backend, &base) == -1) {
+    (void) fprintf (stderr,
+                    "nbdkit: cow: warning: cow-save=%s: nothing was saved, as "
+                    "no client has connected and the size of the disk is not "
+                    "known\n",
+                    cow_save.target);
+    return;
+  }
+  if (overlays_save_base (overlays, &base) == -1)
+    save_failed = true;
+  lone_base_close (&base);
+}
+
+/* All clients have gone, and the signal that ends the server may have been seen
+ * long ago, or there was none.
+ */
+static void
+cow_cleanup (nbdkit_backend *backend)
+{
+  if (!cow_save.target)
+    return;
+  ending_finish ();
+  if (overlays_want_base (overlays))
+    save_untouched (backend);
+  if (save_failed)
+    ending_fail ();
 }
 
 static void *
@@ -231,7 +445,7 @@ cow_prepare (nbdkit_next *next, void *handle, int readonly)
 
   if (base_init (&h->base, next) == -1)
     return -1;
-  h->entry = overlays_get (overlays, h->export_name, h->base.size);
+  h->entry = overlays_get (overlays, h->export_name, &h->base);
   if (!h->entry)
     return -1;
   VERBOSE ("export \"%s\": connected, %" PRIu64 " bytes%s", h->export_name,
@@ -396,9 +610,11 @@ static struct nbdkit_filter filter = {
   .description = "A writable disk on top of any base, which is never written.",
   .unload = cow_unload,
   .config = cow_config,
+  .config_complete = cow_config_complete,
   .config_help = cow_config_help,
   .get_ready = cow_get_ready,
   .after_fork = cow_after_fork,
+  .cleanup = cow_cleanup,
   .open = cow_open,
   .close = cow_close,
   .prepare = cow_prepare,

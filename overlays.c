@@ -3,8 +3,13 @@
 /* Which export gets which overlay (see overlays.h).
  *
  * The set has one lock, which is held for the bookkeeping only, never while an
- * overlay is used or thrown away.  An overlay that has a user is not freed; one
- * without is freed at once, unless it was changed and belongs to an export.
+ * overlay is used, loaded, saved or thrown away.  An overlay that has a user is not
+ * freed; one without is freed at once, unless it was changed and belongs to an
+ * export.
+ *
+ * An overlay is loaded by its first user, under a lock of its own; the others wait
+ * for it there.  Saving does not wait: what is still being loaded is not saved, as
+ * nobody can have written to it.
  */
 
 #include <config.h>
@@ -14,6 +19,7 @@
 #include <inttypes.h>
 #include <pthread.h>
 #include <search.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,7 +29,9 @@
 #include "blk.h"
 #include "cleanup.h"
 #include "debug.h"
+#include "loads.h"
 #include "overlays.h"
+#include "save.h"
 #include "store.h"
 
 /* An overlay and those who use it. */
@@ -31,16 +39,24 @@ struct overlay_entry {
   char *name;              /* of the export; constant */
   struct overlay *overlay; /* constant */
   uint64_t users;          /* connections; guarded by the set's lock */
+  pthread_mutex_t lock;    /* held while it is loaded; guards state */
+  enum {
+    ENTRY_NEW,
+    ENTRY_READY,  /* loaded, if there was something */
+    ENTRY_FAILED, /* what is in it is of no use */
+  } state;
 };
 
 struct overlays {
-  enum scope scope; /* constant, and so the next three */
-  uint64_t max;
-  uint32_t block_size;
-  char *dir;
-  pthread_mutex_t lock;
-  void *by_name; /* tree (tsearch) of those of SCOPE_EXPORT; guarded by lock */
-  uint64_t count; /* of all overlays; guarded by lock */
+  struct overlays_options options; /* constant */
+  char *dir;                       /* constant: of the overlay files */
+  pthread_mutex_t lock;            /* guards what follows */
+  void *by_name;  /* tree (tsearch) of those of SCOPE_EXPORT */
+  uint64_t count; /* of all overlays */
+  bool ending;    /* no new users */
+  bool had_user;  /* somebody has had an overlay, loaded; */
+  uint64_t size;  /* that was the size of its disk */
+  bool saved;     /* the one image, if there is one */
 };
 
 static void
@@ -67,29 +83,42 @@ warn_of_file_limit (uint64_t max_overlays)
                     limit, max_overlays);
 }
 
-struct overlays *
-overlays_new (enum scope scope, uint64_t max, uint32_t block_size)
+/* The directory for overlay files, which was checked; NULL if there is none, which
+ * was reported.
+ */
+static char *
+find_dir (const struct overlays_options *options)
 {
-  const char *name;
-  CLEANUP_FREE char *dir = store_find_dir (&name);
-  struct overlays *s;
+  const char *name = options->save ? save_directory (options->save) : NULL;
+  char *dir = name ? strdup (name) : store_find_dir (&name);
 
-  if (!dir) {
+  if (!dir)
     report_directory (name);
-    return NULL;
-  }
-  s = calloc (1, sizeof *s);
+  return dir;
+}
+
+struct overlays *
+overlays_new (const struct overlays_options *options)
+{
+  struct overlays *s = calloc (1, sizeof *s);
+
   if (!s) {
     nbdkit_error ("cow: out of memory");
+    save_free (options->save);
+    loads_free (options->loads);
     return NULL;
   }
-  s->scope = scope;
-  s->max = max;
-  s->block_size = block_size;
-  s->dir = dir;
-  dir = NULL;
+  s->options = *options;
   pthread_mutex_init (&s->lock, NULL);
-  warn_of_file_limit (max);
+  s->dir = find_dir (options);
+  if (!s->dir) {
+    overlays_free (s);
+    return NULL;
+  }
+  s->options.overlay.dir = s->dir;
+  s->options.overlay.fate
+    = options->save ? save_fate (options->save) : OVERLAY_THROWN_AWAY;
+  warn_of_file_limit (options->max);
   return s;
 }
 
@@ -98,6 +127,8 @@ overlays_start (const struct overlays *s)
 {
   store_raise_file_limit ();
   store_ignore_file_size_signal ();
+  if (s->options.save && save_check_again (s->options.save) == -1)
+    return -1;
   if (store_check_dir (s->dir) == -1) {
     report_directory (s->dir);
     return -1;
@@ -112,6 +143,7 @@ free_entry (void *pointer)
 
   if (entry) {
     overlay_free (entry->overlay);
+    pthread_mutex_destroy (&entry->lock);
     free (entry->name);
     free (entry);
   }
@@ -124,6 +156,8 @@ overlays_free (struct overlays *s)
     return;
   tdestroy (s->by_name, free_entry);
   pthread_mutex_destroy (&s->lock);
+  save_free (s->options.save);
+  loads_free (s->options.loads);
   free (s->dir);
   free (s);
 }
@@ -136,6 +170,7 @@ compare_names (const void *a, const void *b)
   return strcmp (entry_a->name, entry_b->name);
 }
 
+/* NULL and errno. */
 static struct overlay_entry *
 new_entry (const struct overlays *s, const char *name, uint64_t size)
 {
@@ -143,11 +178,15 @@ new_entry (const struct overlays *s, const char *name, uint64_t size)
 
   if (!entry)
     return NULL;
+  pthread_mutex_init (&entry->lock, NULL);
   entry->name = strdup (name);
-  entry->overlay = overlay_new (size, s->block_size, s->dir);
-  if (!entry->name || !entry->overlay) {
+  if (entry->name)
+    entry->overlay = overlay_new (size, &s->options.overlay);
+  if (!entry->overlay) {
+    const int err = errno;
+
     free_entry (entry);
-    errno = ENOMEM;
+    errno = err;
     return NULL;
   }
   return entry;
@@ -183,25 +222,64 @@ find (struct overlays *s, const char *name)
   return node ? *(struct overlay_entry **) node : NULL;
 }
 
+static void
+report_refusal (const struct overlays *s, const char *name, uint64_t size)
+{
+  if (errno == EFBIG)
+    nbdkit_error ("cow: export \"%s\" refused: a disk of %" PRIu64
+                  " bytes is too large for a qcow2 image with blocks of "
+                  "cow-block-size=%" PRIu32 "; 64K allow 1 EiB, 2M allow 2 "
+                  "EiB",
+                  printable (name).text, size, s->options.overlay.block_size);
+  else
+    nbdkit_error ("cow: export \"%s\" refused: out of memory",
+                  printable (name).text);
+}
+
+/* May there be an overlay for the export NAME, which has none yet?  Caller holds
+ * the lock.  -1 if not, which was reported.
+ */
+static int
+check_new (const struct overlays *s, const char *name)
+{
+  const struct save *save = s->options.save;
+
+  if (s->count >= s->options.max) {
+    nbdkit_error ("cow: export \"%s\" refused: there are as many overlays as "
+                  "cow-max-overlays=%" PRIu64 " allows; start the server with "
+                  "a larger value",
+                  printable (name).text, s->options.max);
+    return -1;
+  }
+  if (!save)
+    return 0;
+  if (!save_is_per_export (save) && s->count > 0) {
+    nbdkit_error ("cow: export \"%s\" refused: cow-save=%s takes the changes "
+                  "of one export, and another one is in use; name a "
+                  "directory, as in cow-save=DIR/",
+                  printable (name).text, save_name (save));
+    return -1;
+  }
+  return save_check_export (save, s->options.loads, name);
+}
+
 /* Add an overlay to the set.  Caller holds the lock. */
 static struct overlay_entry *
 add (struct overlays *s, const char *name, uint64_t size)
 {
   struct overlay_entry *entry;
 
-  if (s->count >= s->max) {
-    nbdkit_error ("cow: export \"%s\" refused: there are as many overlays as "
-                  "cow-max-overlays=%" PRIu64 " allows; start the server with "
-                  "a larger value",
-                  printable (name).text, s->max);
+  if (check_new (s, name) == -1)
+    return NULL;
+  entry = new_entry (s, name, size);
+  if (!entry) {
+    report_refusal (s, name, size);
     return NULL;
   }
-  entry = new_entry (s, name, size);
-  if (!entry
-      || (s->scope == SCOPE_EXPORT
-          && !tsearch (entry, &s->by_name, compare_names))) {
-    nbdkit_error ("cow: export \"%s\" refused: out of memory",
-                  printable (name).text);
+  if (s->options.scope == SCOPE_EXPORT
+      && !tsearch (entry, &s->by_name, compare_names)) {
+    errno = ENOMEM;
+    report_refusal (s, name, size);
     free_entry (entry);
     return NULL;
   }
@@ -210,14 +288,21 @@ add (struct overlays *s, const char *name, uint64_t size)
   return entry;
 }
 
-struct overlay_entry *
-overlays_get (struct overlays *s, const char *name, uint64_t size)
+/* Find or make the overlay, and count its user.  NULL if refused, which was
+ * reported.
+ */
+static struct overlay_entry *
+find_or_add (struct overlays *s, const char *name, uint64_t size)
 {
   LOCK_FOR_SCOPE (&s->lock);
 
   struct overlay_entry *entry
-    = s->scope == SCOPE_EXPORT ? find (s, name) : NULL;
+    = s->options.scope == SCOPE_EXPORT ? find (s, name) : NULL;
 
+  if (s->ending) {
+    nbdkit_debug ("cow: export \"%s\" refused: the server ends", name);
+    return NULL;
+  }
   if (entry && overlay_size (entry->overlay) != size) {
     nbdkit_error ("cow: export \"%s\" refused: the size of its base has "
                   "changed from %" PRIu64 " to %" PRIu64 " bytes, which the "
@@ -232,16 +317,60 @@ overlays_get (struct overlays *s, const char *name, uint64_t size)
   return entry;
 }
 
+/* Load what there is, if that was not done.  -1 if it failed, which was reported. */
+static int
+load_entry (const struct overlays *s, struct overlay_entry *entry,
+            const struct base *base)
+{
+  LOCK_FOR_SCOPE (&entry->lock);
+
+  if (entry->state == ENTRY_NEW)
+    entry->state = !s->options.loads
+                       || loads_apply (s->options.loads, entry->name,
+                                       entry->overlay, base)
+                            == 0
+                     ? ENTRY_READY
+                     : ENTRY_FAILED;
+  return entry->state == ENTRY_READY ? 0 : -1;
+}
+
+struct overlay_entry *
+overlays_get (struct overlays *s, const char *name, const struct base *base)
+{
+  struct overlay_entry *entry = find_or_add (s, name, base->size);
+
+  if (!entry)
+    return NULL;
+  if (load_entry (s, entry, base) == -1) {
+    overlays_put (s, entry);
+    return NULL;
+  }
+
+  LOCK_FOR_SCOPE (&s->lock);
+  s->had_user = true;
+  s->size = base->size;
+  return entry;
+}
+
+/* Is the overlay worth keeping without a user?  One that has no user is not being
+ * loaded.
+ */
+static bool
+is_worth_keeping (const struct overlays *s, const struct overlay_entry *entry)
+{
+  return s->options.scope == SCOPE_EXPORT && entry->state == ENTRY_READY
+         && overlay_is_changed (entry->overlay);
+}
+
 void
 overlays_put (struct overlays *s, struct overlay_entry *entry)
 {
   {
     LOCK_FOR_SCOPE (&s->lock);
 
-    if (--entry->users > 0
-        || (s->scope == SCOPE_EXPORT && overlay_is_changed (entry->overlay)))
+    if (--entry->users > 0 || is_worth_keeping (s, entry))
       return;
-    if (s->scope == SCOPE_EXPORT)
+    if (s->options.scope == SCOPE_EXPORT)
       tdelete (entry, &s->by_name, compare_names);
     s->count--;
   }
@@ -253,4 +382,164 @@ struct overlay *
 overlay_of (const struct overlay_entry *entry)
 {
   return entry->overlay;
+}
+
+/*----------------------------------------------------------------------
+ * The end
+ */
+
+/* A list of all overlays, which count one user more. */
+struct entry_list {
+  struct overlay_entry **entries;
+  uint64_t count;
+};
+
+/* tdelete and twalk have no argument of ours in POSIX; twalk_r is in glibc >= 2.30
+ * and musl >= 1.2.
+ */
+static void
+add_to_list (const void *node, VISIT which, void *list_)
+{
+  struct entry_list *list = list_;
+
+  if (which == postorder || which == leaf) {
+    struct overlay_entry *entry = *(struct overlay_entry *const *) node;
+
+    entry->users++;
+    list->entries[list->count++] = entry;
+  }
+}
+
+/* Let nobody in any more, and list who is there.  -1 and ENOMEM. */
+static int
+begin_ending (struct overlays *s, struct entry_list *list)
+{
+  LOCK_FOR_SCOPE (&s->lock);
+
+  s->ending = true;
+  list->count = 0;
+  list->entries = calloc (s->count + 1, sizeof (struct overlay_entry *));
+  if (!list->entries)
+    return -1;
+  twalk_r (s->by_name, add_to_list, list);
+  return 0;
+}
+
+/* Is there something in it that was acknowledged to a client?  Not while it is
+ * loaded, for which this does not wait.
+ */
+static bool
+is_ready (struct overlay_entry *entry)
+{
+  bool ready;
+
+  if (pthread_mutex_trylock (&entry->lock) != 0)
+    return false;
+  ready = entry->state == ENTRY_READY;
+  pthread_mutex_unlock (&entry->lock);
+  return ready;
+}
+
+static int
+save_one (struct overlays *s, const char *name, struct overlay *overlay)
+{
+  const int r
+    = save_overlay (s->options.save, s->options.loads, name, overlay);
+
+  s->saved = true;
+  return r;
+}
+
+/* Save an overlay in which there is nothing, for a disk of SIZE bytes. */
+static int
+save_empty (struct overlays *s, uint64_t size)
+{
+  struct overlay *overlay = overlay_new (size, &s->options.overlay);
+  int r;
+
+  if (!overlay) {
+    nbdkit_error ("cow-save=%s: cannot make an empty image: %m",
+                  save_name (s->options.save));
+    return -1;
+  }
+  overlay_close (overlay);
+  r = save_one (s, "", overlay);
+  overlay_free (overlay);
+  return r;
+}
+
+static int
+save_list (struct overlays *s, const struct entry_list *list)
+{
+  const bool per_export = save_is_per_export (s->options.save);
+  int r = 0;
+
+  for (uint64_t i = 0; i < list->count; ++i) {
+    const struct overlay_entry *entry = list->entries[i];
+
+    if ((!per_export || overlay_is_changed (entry->overlay))
+        && save_one (s, entry->name, entry->overlay) == -1)
+      r = -1;
+  }
+  return r;
+}
+
+int
+overlays_save (struct overlays *s)
+{
+  struct entry_list list;
+  uint64_t count = 0;
+  int r;
+
+  if (!s->options.save)
+    return 0;
+  if (begin_ending (s, &list) == -1) {
+    nbdkit_error ("cow-save=%s: cannot save: out of memory",
+                  save_name (s->options.save));
+    return -1;
+  }
+
+  /* All of them are frozen first, as of one moment, and then written.  (One that
+   * is being loaded will fail to be, and its client be refused.)
+   */
+  for (uint64_t i = 0; i < list.count; ++i) {
+    overlay_close (list.entries[i]->overlay);
+    if (is_ready (list.entries[i]))
+      list.entries[count++] = list.entries[i];
+  }
+  list.count = count;
+
+  r = save_list (s, &list);
+
+  /* Those who were there have left nothing behind. */
+  if (!s->saved && s->had_user && list.count == 0
+      && !save_is_per_export (s->options.save))
+    r = save_empty (s, s->size);
+  free (list.entries);
+  return r;
+}
+
+bool
+overlays_want_base (const struct overlays *s)
+{
+  return s->options.save && !s->saved && !save_is_per_export (s->options.save)
+         && !(s->options.loads
+              && save_is_what_is_loaded (s->options.save, s->options.loads));
+}
+
+int
+overlays_save_base (struct overlays *s, const struct base *base)
+{
+  struct overlay_entry *entry;
+  int r = -1;
+
+  s->ending = false;
+  entry = overlays_get (s, "", base);
+  s->ending = true;
+  if (!entry)
+    return -1;
+  overlay_close (entry->overlay);
+  r = save_one (s, "", entry->overlay);
+  overlays_put (s, entry);
+  return r;
 }

@@ -5,23 +5,35 @@
 #ifndef COW_OVERLAYS_H
 #define COW_OVERLAYS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
-struct overlay;
+#include "base.h"
+#include "blk.h"
+
+struct loads;
 struct overlays;
 struct overlay_entry;
+struct save;
 
 enum scope {
   SCOPE_EXPORT,     /* one overlay for each export name, as long as we run */
   SCOPE_CONNECTION, /* one for each connection, gone when it ends */
 };
 
-/* The set of all overlays of a server, at most MAX at a time.  Their blocks
- * have BLOCK_SIZE bytes.  Checks that overlay files can be made.  NULL if the
+struct overlays_options {
+  enum scope scope;
+  uint64_t max;                   /* overlays at a time */
+  struct overlay_options overlay; /* its dir and fate are not looked at */
+  struct save *save;              /* NULL: they are thrown away */
+  struct loads *loads;
+};
+
+/* The set of all overlays of a server.  It owns OPTIONS->save and loads from now
+ * on, also when this fails.  Checks that overlay files can be made.  NULL if the
  * server is not to start, which was reported.
  */
-extern struct overlays *overlays_new (enum scope scope, uint64_t max,
-                                      uint32_t block_size);
+extern struct overlays *overlays_new (const struct overlays_options *options);
 extern void overlays_free (struct overlays *overlays);
 
 /* To be called when the command of --run has been started, which would inherit
@@ -30,17 +42,31 @@ extern void overlays_free (struct overlays *overlays);
  */
 extern int overlays_start (const struct overlays *overlays);
 
-/* The overlay for a connection to the export NAME, whose base has SIZE bytes.
- * It stays until overlays_put; what that then keeps depends on the scope and on
- * whether something was written.  NULL if the connection is to be refused,
- * which was reported.
+/* The overlay for a connection to the export NAME, whose base is BASE.  It stays
+ * until overlays_put; what that then keeps depends on the scope and on whether
+ * something was written.  Loads what there is for the export.  NULL if the
+ * connection is to be refused, which was reported.
  */
 extern struct overlay_entry *overlays_get (struct overlays *overlays,
-                                           const char *name, uint64_t size);
+                                           const char *name,
+                                           const struct base *base);
 extern void overlays_put (struct overlays *overlays,
                           struct overlay_entry *entry);
 
 /* What overlays_get got. */
 extern struct overlay *overlay_of (const struct overlay_entry *entry);
+
+/* The server ends: freeze all overlays, refuse new connections, and save what is
+ * to be saved.  Clients may still be connected, and requests be under way.  To be
+ * called once.  -1 if something could not be saved, which was reported.
+ */
+extern int overlays_save (struct overlays *overlays);
+
+/* Is there an image still to be saved, of a base that nobody ever connected to? */
+extern bool overlays_want_base (const struct overlays *overlays);
+
+/* Save it.  -1 if that failed, which was reported. */
+extern int overlays_save_base (struct overlays *overlays,
+                               const struct base *base);
 
 #endif /* COW_OVERLAYS_H */

@@ -17,9 +17,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -27,36 +25,14 @@
 #include "cleanup.h"
 #include "store.h"
 
-/* A file without a name in DIR, or -1 and errno. */
-static int
-open_anonymous_file (const char *dir)
-{
-  CLEANUP_FREE char *template = NULL;
-  int fd = open (dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-
-  /* EISDIR is what a kernel says that does not know the flag. */
-  if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR))
-    return fd;
-
-  if (asprintf (&template, "%s/cowXXXXXX", dir) == -1) {
-    template = NULL;
-    errno = ENOMEM;
-    return -1;
-  }
-  fd = mkostemp (template, O_CLOEXEC);
-  if (fd >= 0)
-    unlink (template);
-  return fd;
-}
-
 int
 store_check_dir (const char *dir)
 {
-  const int fd = open_anonymous_file (dir);
+  struct newfile file;
 
-  if (fd == -1)
+  if (newfile_make (&file, dir, NEWFILE_ANONYMOUS) == -1)
     return -1;
-  close (fd);
+  newfile_discard (&file);
   return 0;
 }
 
@@ -117,13 +93,15 @@ store_ignore_file_size_signal (void)
 }
 
 void
-store_init (struct store *store, const char *dir, uint64_t place_size)
+store_init (struct store *store, const char *dir, enum newfile_use use,
+            uint64_t place_size, uint64_t head)
 {
   store->dir = dir;
+  store->use = use;
   store->place_size = place_size;
   pthread_mutex_init (&store->lock, NULL);
-  store->fd = -1;
-  store->next_place = 1;
+  store->file = NEWFILE_NONE;
+  store->next_place = head;
   store->free_runs = NULL;
   store->nr_free_runs = store->max_free_runs = 0;
 }
@@ -131,10 +109,34 @@ store_init (struct store *store, const char *dir, uint64_t place_size)
 void
 store_destroy (struct store *store)
 {
-  if (store->fd >= 0)
-    close (store->fd);
+  newfile_discard (&store->file);
   free (store->free_runs);
   pthread_mutex_destroy (&store->lock);
+}
+
+/* Caller holds the lock. */
+static int
+make_file (struct store *store)
+{
+  return store->file.fd >= 0
+           ? 0
+           : newfile_make (&store->file, store->dir, store->use);
+}
+
+int
+store_make_file (struct store *store)
+{
+  LOCK_FOR_SCOPE (&store->lock);
+
+  return make_file (store);
+}
+
+uint64_t
+store_end (struct store *store)
+{
+  LOCK_FOR_SCOPE (&store->lock);
+
+  return store->next_place * store->place_size;
 }
 
 uint64_t
@@ -142,11 +144,8 @@ store_take (struct store *store, uint64_t wanted, uint64_t *place)
 {
   LOCK_FOR_SCOPE (&store->lock);
 
-  if (store->fd == -1) {
-    store->fd = open_anonymous_file (store->dir);
-    if (store->fd == -1)
-      return 0;
-  }
+  if (make_file (store) == -1)
+    return 0;
 
   if (store->nr_free_runs > 0) {
     struct place_run *run = &store->free_runs[store->nr_free_runs - 1];
@@ -206,7 +205,7 @@ store_read (const struct store *store, void *buf, size_t count,
             uint64_t offset)
 {
   while (count > 0) {
-    const ssize_t r = pread (store->fd, buf, count, (off_t) offset);
+    const ssize_t r = pread (store->file.fd, buf, count, (off_t) offset);
 
     if (r == -1 && errno == EINTR)
       continue;
@@ -236,9 +235,10 @@ store_writev (const struct store *store, struct iovec *iov, int nr_iov,
     if (nr_iov == 0)
       return 0;
 
-    ssize_t r = nr_iov == 1 ? pwrite (store->fd, iov->iov_base, iov->iov_len,
-                                      (off_t) offset)
-                            : pwritev (store->fd, iov, nr_iov, (off_t) offset);
+    ssize_t r = nr_iov == 1
+                  ? pwrite (store->file.fd, iov->iov_base, iov->iov_len,
+                            (off_t) offset)
+                  : pwritev (store->file.fd, iov, nr_iov, (off_t) offset);
     if (r == -1 && errno == EINTR)
       continue;
     if (r == 0)
@@ -262,7 +262,7 @@ store_punch (const struct store *store, uint64_t offset, uint64_t count)
 {
   const int err = errno;
 
-  while (fallocate (store->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+  while (fallocate (store->file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                     (off_t) offset, (off_t) count)
            == -1
          && errno == EINTR)
@@ -270,9 +270,32 @@ store_punch (const struct store *store, uint64_t offset, uint64_t count)
   errno = err;
 }
 
+int
+store_set_aside (const struct store *store, uint64_t offset, uint64_t count)
+{
+  int r;
+
+  while ((r = fallocate (store->file.fd, 0, (off_t) offset, (off_t) count))
+           == -1
+         && errno == EINTR)
+    ;
+  return r;
+}
+
+int
+store_truncate (const struct store *store, uint64_t size)
+{
+  int r;
+
+  while ((r = ftruncate (store->file.fd, (off_t) size)) == -1
+         && errno == EINTR)
+    ;
+  return r;
+}
+
 void
 store_prefetch (const struct store *store, uint64_t offset, uint64_t count)
 {
-  posix_fadvise (store->fd, (off_t) offset, (off_t) count,
+  posix_fadvise (store->file.fd, (off_t) offset, (off_t) count,
                  POSIX_FADV_WILLNEED);
 }

@@ -2,9 +2,10 @@
 
 /* The overlay file: places for slots, and the bytes in them.
  *
- * The file is anonymous and sparse.  It is divided into places of one slot's
- * size each, numbered from 1; place 0 is never given out (0 means "nowhere" in
- * the map, and the file's first bytes stay free for a header).
+ * The file is sparse, and has no name unless it is published.  It is divided into
+ * places of one slot's size each.  Those at its head, at least place 0, are never
+ * given out (0 means "nowhere" in the map): they are free for the header and
+ * tables of an image.
  */
 
 #ifndef COW_STORE_H
@@ -16,6 +17,8 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+#include "newfile.h"
+
 /* Consecutive places that were given back. */
 struct place_run {
   uint64_t first;
@@ -23,10 +26,11 @@ struct place_run {
 };
 
 struct store {
-  const char *dir;      /* constant */
-  uint64_t place_size;  /* in bytes; constant */
+  const char *dir; /* constant, as are the next two */
+  enum newfile_use use;
+  uint64_t place_size;  /* in bytes */
   pthread_mutex_t lock; /* the allocator's lock; guards what follows */
-  int fd;               /* -1 until the first place is taken, then constant:
+  struct newfile file;  /* none until the first place is taken, then constant:
                           * whoever has a place may use it without the lock */
   uint64_t next_place;  /* the first one that was never given out */
   struct place_run *free_runs;
@@ -51,14 +55,22 @@ extern void store_raise_file_limit (void);
  */
 extern void store_ignore_file_size_signal (void);
 
-/* Make a store with places of PLACE_SIZE bytes.  Makes no file yet.  DIR must
- * live as long as the store.
+/* Make a store with places of PLACE_SIZE bytes, the first HEAD (at least 1) of
+ * which are not given out.  Makes no file yet; it will be in DIR, which must live
+ * as long as the store.  USE says whether it may be published.
  */
 extern void store_init (struct store *store, const char *dir,
-                        uint64_t place_size);
+                        enum newfile_use use, uint64_t place_size,
+                        uint64_t head);
 
-/* Close the file, which thereby is gone. */
+/* Close the file, which is gone unless it was published. */
 extern void store_destroy (struct store *store);
+
+/* Make the file if it is not there yet.  -1 and errno. */
+extern int store_make_file (struct store *store);
+
+/* Where the last place that was given out ends: a byte offset in the file. */
+extern uint64_t store_end (struct store *store);
 
 /* Take up to WANTED consecutive places.  Returns how many (at least 1), the
  * first in *PLACE; or 0 and errno if there is none to be had: the file cannot
@@ -73,9 +85,9 @@ extern uint64_t store_take (struct store *store, uint64_t wanted,
 extern void store_give_back (struct store *store, uint64_t place,
                              uint64_t count);
 
-/* Read or write at a byte offset of the file, which must lie in places that
- * were taken.  All of it is done, or -1 is returned with errno.  store_writev
- * may change the elements of IOV.
+/* Read or write at a byte offset of the file, which must lie in the head or in
+ * places that were taken.  All of it is done, or -1 is returned with errno.
+ * store_writev may change the elements of IOV.
  */
 extern int store_read (const struct store *store, void *buf, size_t count,
                        uint64_t offset);
@@ -87,6 +99,16 @@ extern int store_writev (const struct store *store, struct iovec *iov,
  */
 extern void store_punch (const struct store *store, uint64_t offset,
                          uint64_t count);
+
+/* Set space aside for a range of the head or of a place that was taken, so that
+ * writing there cannot fail for want of it.  What is there stays.  -1 and errno;
+ * EOPNOTSUPP where the file system cannot do that.
+ */
+extern int store_set_aside (const struct store *store, uint64_t offset,
+                            uint64_t count);
+
+/* Let the file end at SIZE. */
+extern int store_truncate (const struct store *store, uint64_t size);
 
 /* Let the kernel read a range ahead.  Only a hint. */
 extern void store_prefetch (const struct store *store, uint64_t offset,

@@ -31,7 +31,7 @@ build_filter ()
     # What was compiled with other arguments, or for another version of nbdkit,
     # is of no use; and libraries may have come since, for more tests.
     configured=$*
-    for library in nbdkit cmocka libnbd; do
+    for library in nbdkit zlib libzstd cmocka libnbd; do
         configured="$configured
 $library $(pkg-config --modversion $library 2>/dev/null)"
     done

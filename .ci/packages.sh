@@ -6,16 +6,18 @@
 # quickstart and .ci/run.
 
 packages_to_build="gcc libc6-dev make autoconf automake libtool pkgconf perl
-    nbdkit nbdkit-plugin-dev"
+    nbdkit nbdkit-plugin-dev zlib1g-dev libzstd-dev"
 
 packages_to_demonstrate="libnbd-bin qemu-utils e2fsprogs"
 
 packages_to_test="$packages_to_demonstrate
     python3-libnbd libcmocka-dev libnbd-dev binutils fio fuse3 procps
-    qemu-system-x86 util-linux xz-utils"
+    libvirt-clients qemu-system-x86 restic strace util-linux xz-utils"
 
-# What is only asked of each change, in .ci/run.
-packages_to_check="clang clang-format clang-tidy valgrind"
+# What is only asked of each change, in .ci/run: other programs that read images
+# or take streams, and what a guest needs besides its kernel.
+packages_to_check="clang clang-format clang-tidy libclang-rt-dev valgrind
+    7zip busybox-static kmod libqcow-utils python3-libqcow"
 
 # install_packages PACKAGE...: installs those that are missing, and says so.
 # Fails, with the command to type, for who is not root and has no sudo.
@@ -51,4 +53,20 @@ install_packages ()
     # shellcheck disable=SC2086
     $as_root DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
         --no-install-recommends -o Dpkg::Use-Pty=0 $missing >/dev/null </dev/null
+}
+
+# fetch_kernel DIR: unpacks Debian's smallest kernel there, for tests/guest.sh.
+# (Installed, it would become the machine's own.)
+fetch_kernel ()
+{
+    [ ! -d "$1" ] || return 0
+    package=$(apt-cache depends linux-image-cloud-amd64 |
+                  sed -n 's/^ *Depends: //p')
+    rm -rf "$1.part"
+    mkdir -p "$1.part" &&
+        (cd "$1.part" &&
+             apt-get -qq -o APT::Sandbox::User=root download "$package" &&
+             dpkg-deb -x ./*.deb . && rm ./*.deb &&
+             PATH=$PATH:/usr/sbin:/sbin depmod -b . "${package#linux-image-}") &&
+        mv "$1.part" "$1"
 }

@@ -56,6 +56,7 @@ die ()
 
 skip ()
 {
+    [ "${CI:-}" != true ] || die "must not be skipped here: $*"
     echo "$(basename "$0"): SKIPPED: $*"
     exit 77
 }
@@ -192,6 +193,122 @@ _stop ()
         return 1
     fi
     no_sanitizer_report "$tmp/server$n.log"
+}
+
+# connections_leak: for a test that ends servers while clients are connected.  What
+# a connection has nbdkit does not free then, which is no leak of ours.
+connections_leak ()
+{
+    export ASAN_OPTIONS="${ASAN_OPTIONS:+$ASAN_OPTIONS:}detect_leaks=0"
+}
+
+# clients_have_gone: waits until the connections to the server started last have ended
+# whose clients have gone.
+clients_have_gone ()
+{
+    local i
+    for ((i = 0; i < 100; i++)); do
+        [ "$(_pipes "$pid")" -gt "${_idle_pipes[$server]}" ] || break
+        sleep 0.05
+    done
+}
+
+# end_nbdkit SIGNAL... [STATUS]: when its clients have gone, tells the server started
+# last to end, and fails unless it then ends with STATUS (0).
+end_nbdkit ()
+{
+    local want=0 signal
+    case ${!#} in [0-9]*) want=${!#} ;; esac
+    clients_have_gone
+    for signal; do
+        case $signal in [0-9]*) ;; *) kill -"$signal" "$pid" ;; esac
+    done
+    nbdkit_ended "$want"
+}
+
+# nbdkit_ended [STATUS]: the server started last ends by itself now, with STATUS (0).
+nbdkit_ended ()
+{
+    local child=${_servers[$server]} i status=0
+    for ((i = 0; i < guard * 20; i++)); do
+        kill -0 "$child" 2>/dev/null || break
+        sleep 0.05
+    done
+    ! kill -0 "$child" 2>/dev/null || die "the server did not end"
+    unset "_servers[$server]"
+    wait "$child" || status=$?
+    [ $status -eq "${1:-0}" ] ||
+        die "the server ended with status $status, not ${1:-0}"
+    no_sanitizer_report "$log" || die "in $log"
+}
+
+# sound_diff FILE: FILE is a qcow2 image that qemu finds nothing wrong with, and that
+# is long enough for all readers.
+sound_diff ()
+{
+    local said
+    [ -f "$1" ] || die "there is no $1"
+    said=$(qemu-img check -q -f qcow2 "$1" 2>&1) && [ -z "$said" ] ||
+        die "qemu-img check of ${1##*/}: $said"
+    [ "$(stat -L -c %s "$1")" -ge 196608 ] || die "${1##*/} is too short"
+}
+
+# over_base DIFF BASE: a name for qemu of the image DIFF with the raw disk BASE
+# behind it, whatever DIFF itself says.
+over_base ()
+{
+    printf 'json:{"driver":"qcow2","file":{"driver":"file","filename":"%s"},"backing":{"driver":"raw","file":{"driver":"file","filename":"%s"}}}' \
+        "$1" "$2"
+}
+
+# diff_is DIFF BASE RAW: DIFF is sound and, over BASE, has the content of RAW.
+diff_is ()
+{
+    sound_diff "$1"
+    qemu-img compare -q -F raw "$(over_base "$1" "$2")" "$3" ||
+        die "${1##*/} over ${2##*/} is not ${3##*/}"
+}
+
+# rebased_is DIFF BASE RAW: the same, in the way that the manual has it; DIFF is
+# left as it is.
+rebased_is ()
+{
+    sound_diff "$1"
+    cp --sparse=always "$1" "$tmp/rebased"
+    qemu-img rebase -q -u -b "$2" -F raw -f qcow2 "$tmp/rebased"
+    qemu-img compare -q -f qcow2 -F raw "$tmp/rebased" "$3" ||
+        die "${1##*/} rebased onto ${2##*/} is not ${3##*/}"
+    rm "$tmp/rebased"
+}
+
+# kept_diff LOG: where the one line of LOG says that the changes were kept.
+kept_diff ()
+{
+    [ "$(grep -c 'error:' "$1")" -eq 1 ] || { cat "$1" >&2; die "not one error"; }
+    sed -n 's/.*error: .*the changes were kept, as a complete diff, in //p' "$1" |
+        grep . || { cat "$1" >&2; die "nothing was kept"; }
+}
+
+# only_files DIR NAME...: DIR has just these files, those with a dot in front too.
+only_files ()
+{
+    local dir=$1 found
+    shift
+    found=$(ls -A "$dir")
+    [ "$found" = "$(printf '%s\n' "$@" | sort)" ] ||
+        die "in ${dir##*/}: '$found', not '$*'"
+}
+
+# preload LIBRARY: loads a library that the tests built into the servers that are
+# started from now on, behind the runtime of a sanitizer if there is one.
+preload ()
+{
+    local library=$abs_top_builddir/tests/.libs/$1.so
+    [ -e "$library" ] || skip "tests/$1 was not built"
+    case $TEST_WRAPPER in
+        *LD_PRELOAD=*) TEST_WRAPPER=$(sed -E "s|(LD_PRELOAD=[^ ]*)|\1:$library|" <<<"$TEST_WRAPPER") ;;
+        *) TEST_WRAPPER="env LD_PRELOAD=$library $TEST_WRAPPER" ;;
+    esac
 }
 
 # no_sanitizer_report FILE: true when no sanitizer complained in FILE.

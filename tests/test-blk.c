@@ -37,6 +37,15 @@ static struct base base;
 static struct overlay *overlay;
 static int err;
 
+static struct overlay_options options = { .block_size = BLOCK };
+
+static struct overlay *
+new_overlay (uint64_t size, const char *dir)
+{
+  options.dir = dir;
+  return overlay_new (size, &options);
+}
+
 static int
 set_up (void **state)
 {
@@ -50,7 +59,7 @@ set_up (void **state)
     .can_cache = NBDKIT_CACHE_NATIVE,
   };
   assert_int_equal (base_init (&base, fake_next (&fake)), 0);
-  overlay = overlay_new (SIZE, BLOCK, "/var/tmp");
+  overlay = new_overlay (SIZE, "/var/tmp");
   assert_non_null (overlay);
   err = 0;
   nr_errors = 0;
@@ -650,7 +659,7 @@ first_write_cannot_make_the_file (void **state)
 
   (void) state;
   overlay_free (overlay);
-  overlay = overlay_new (SIZE, BLOCK, "/nonexistent/dir");
+  overlay = new_overlay (SIZE, "/nonexistent/dir");
   assert_int_equal (blk_write (overlay, &base, buf, BLOCK, 0, &err), -1);
   assert_int_equal (err, EIO); /* NBD has no ENOENT */
   assert_non_null (strstr (last_error, "/nonexistent/dir"));
@@ -772,7 +781,7 @@ requests_for_many_slots (void **state)
   many_fake = (struct fake_base) { .bytes = buf, .size = size };
   assert_int_equal (base_init (&base, fake_next (&many_fake)), 0);
   overlay_free (overlay);
-  overlay = overlay_new (size, BLOCK, "/var/tmp");
+  overlay = new_overlay (size, "/var/tmp");
 
   /* A big write, and another one to the end of its last slot. */
   interrupt_call (2, start_inner, NULL); /* its write to the file */
@@ -787,7 +796,7 @@ requests_for_many_slots (void **state)
 
   /* The same disk, written from its end: few punches, none of them long. */
   overlay_free (overlay);
-  overlay = overlay_new (size, BLOCK, "/var/tmp");
+  overlay = new_overlay (size, "/var/tmp");
   for (int i = MANY_SLOTS - 1; i >= 0; --i)
     assert_int_equal (
       blk_write (overlay, &base, buf, SLOT, (uint64_t) i * SLOT, &err), 0);

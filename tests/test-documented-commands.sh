@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# Every command of README and of the manual is run here as it stands there.  In
-# front of the real programs stand two small ones: nbdkit with this filter for
-# --filter=cow, and qemu without a window, that ends after it has started.
+# Every command of README and of the manual is run here as it stands there, and
+# what it makes is looked at.  In front of the real programs stand small ones:
+# nbdkit with this filter for --filter=cow, qemu without a window, that ends after
+# it has started, and ssh, to a directory.  ./job writes to the disk that it is
+# given.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 requires qemu-system-x86_64 --version
 requires qemu-img --version
 requires nbdinfo --version
 requires xz --version
+requires restic version
+requires virsh --version
 
 # The servers are stopped as soon as a command has ended, and nbdkit does not free
 # a connection that has not quite ended then.
@@ -17,7 +21,7 @@ export ASAN_OPTIONS="${ASAN_OPTIONS:-}:detect_leaks=0"
 
 real_nbdkit=$(command -v "$NBDKIT")
 real_qemu=$(command -v qemu-system-x86_64)
-mkdir "$tmp/bin" "$tmp/work"
+mkdir "$tmp/bin" "$tmp/made" "$tmp/work"
 cat >"$tmp/bin/nbdkit" <<END
 #!/usr/bin/env bash
 exec $TEST_WRAPPER $real_nbdkit -P $tmp/pid "\${@/#--filter=cow/--filter=$FILTER}"
@@ -29,9 +33,27 @@ unset LD_PRELOAD
     $real_qemu "\$@" -display none -monitor stdio >$tmp/qemu.log || exit
 grep -q 'driver\|nbd\|virtio' $tmp/qemu.log
 END
-chmod +x "$tmp/bin/"*
+cat >"$tmp/bin/ssh" <<END
+#!/usr/bin/env bash
+[ \$# -eq 2 ] && [ "\$1" = backup ] && cd "$tmp/backup" && exec bash -c "\$2"
+END
+cat >"$tmp/made/job" <<'END'
+#!/usr/bin/env bash
+unset LD_PRELOAD
+echo "This is the job, with $1"
+qemu-io -f raw -c 'write -P 0x6a 100000 300000' -c 'write -z 1M 64k' "$1" &&
+    nbdcopy "$1" seen.img
+END
+chmod +x "$tmp/bin/"* "$tmp/made/job"
+base_file "$tmp/made/disk.img" 2097152
+xz -k "$tmp/made/disk.img"
 PATH=$tmp/bin:$PATH
 cd "$tmp/work"
+
+mkdir "$tmp/backup"
+export RESTIC_REPOSITORY=$tmp/restic RESTIC_PASSWORD=secret
+export RESTIC_CACHE_DIR=$tmp/restic-cache XDG_CACHE_HOME=$tmp/cache
+restic init -q
 
 commands=$tmp/commands
 : >"$commands"
@@ -52,27 +74,103 @@ cleanup_fn stop_server
 fresh ()
 {
     stop_server
-    rm -f "$tmp/pid" ./*
-    base_file disk.img 2097152
-    xz -k disk.img
+    rm -rf "$tmp/pid" ./*
+    cp "$tmp/made/"* .
     cp disk.img golden.img
+    mkdir diffs
     before=$(fingerprint disk.img)
 }
 
-# run: the command on standard input, which is one line.
+# join: lines that go on in the next one become one line.
+join ()
+{
+    sed -e :again -e '/\\$/ { N; s/ *\\\n */ /; b again; }'
+}
+
+# run: the command on standard input, which is one line once it is joined.
 run ()
 {
     local line
-    IFS= read -r line
+    line=$(join)
     printf '%s\n' "$line" >>"$commands"
     eval "$line" || die "this command failed: $line"
-    [ "$(fingerprint disk.img)" = "$before" ] || die "the base changed: $line"
+    [[ $line == "qemu-img commit "* ]] ||
+        [ "$(fingerprint disk.img)" = "$before" ] || die "the base changed: $line"
 }
+
+# is_the_disk FILE: with the base below it, the diff FILE is what the job has seen.
+is_the_disk ()
+{
+    qemu-img check -q -f qcow2 "$1" || die "$1 is damaged"
+    cp "$1" checked.qcow2
+    qemu-img rebase -q -u -f qcow2 -b disk.img -F raw checked.qcow2
+    qemu-img compare -q -f qcow2 -F raw checked.qcow2 seen.img ||
+        die "$1 is not what the job has seen"
+    ! cmp -s seen.img disk.img || die "the job has changed nothing"
+}
+
+# write_to EXPORT: a client of farm.sock changes something.
+write_to ()
+{
+    sock=farm.sock py "$1" <<'END'
+h = connect(sys.argv[1])
+h.pwrite(sys.argv[1].encode() * 1000, 12345)
+END
+}
+
+#------------------------------------------------- README and EXAMPLES --
 
 fresh
 run <<'END'
 nbdkit -U - --filter=cow file disk.img --run 'qemu-system-x86_64 -m 1G -drive file="$uri",format=raw,if=virtio'
 END
+
+# Twice: without the file, and with it.
+fresh
+for _ in 1 2; do
+    run <<'END'
+nbdkit -U - --filter=cow file disk.img \
+    cow-load=diff.qcow2 cow-save=diff.qcow2 \
+    --run 'qemu-system-x86_64 -m 1G -drive file="$uri",format=raw,if=virtio'
+END
+    qemu-img check -q -f qcow2 diff.qcow2 || die "no sound diff"
+done
+run <<'END'
+qemu-img rebase -u -b disk.img -F raw diff.qcow2
+END
+qemu-img compare -q -f qcow2 -F raw diff.qcow2 disk.img
+run <<'END'
+qemu-system-x86_64 -m 1G -drive file=diff.qcow2,format=qcow2,if=virtio
+END
+
+# What was written in one run is there in the next.
+nbdkit -U - --filter=cow file disk.img cow-load=diff.qcow2 cow-save=diff.qcow2 \
+    --run './job "$uri"'
+nbdkit -U - --filter=cow file disk.img cow-load=diff.qcow2 cow-save=diff.qcow2 \
+    --run 'nbdcopy "$uri" again.img'
+cmp seen.img again.img || die "the changes are not there in the next run"
+is_the_disk diff.qcow2
+
+fresh
+run <<'END'
+nbdkit -U - --filter=cow file disk.img cow-save=job.qcow2 \
+    cow-save-backing=disk.img --run './job "$uri"'
+END
+is_the_disk job.qcow2
+qemu-img compare -q -f qcow2 -F raw job.qcow2 seen.img ||
+    die "the base is not below the diff"
+
+fresh
+run <<'END'
+nbdkit -U - --filter=cow file golden.img cow-save=job.qcow2 \
+    cow-save-backing=golden.img --run './job "$uri"'
+END
+qemu-img compare -q -f qcow2 -F raw job.qcow2 seen.img ||
+    die "the golden image is not below the diff"
+run <<'END'
+qemu-img map job.qcow2
+END
+cmp disk.img golden.img
 
 fresh
 run <<'END'
@@ -99,38 +197,146 @@ run <<'END'
 nbdinfo 'nbd+unix:///web2?socket=farm.sock'
 END
 
+# Two runs, and a file for each export that was written to in any of them.
+fresh
+for name in web1 a/b; do
+    run <<'END'
+nbdkit -U farm.sock --filter=cow file golden.img \
+    cow-load=diffs/ cow-save=diffs/
+END
+    write_to "$name"
+    stop_server
+    rm -f "$tmp/pid" farm.sock
+done
+(cd diffs && echo *) >files
+echo "a%2Fb.qcow2 web1.qcow2" | diff - files || die "other diffs than expected"
+
 fresh
 run <<'END'
 nbdkit -U scratch.sock --filter=cow file disk.img cow-scope=connection
 END
 
+#------------------------------------------------------------ STREAMING --
+
+fresh
+run <<'END'
+nbdkit -U - --filter=cow file disk.img cow-save=- \
+    --run './job "$uri" >&2' | ssh backup 'cat >diff.qcow2'
+END
+is_the_disk "$tmp/backup/diff.qcow2"
+
+fresh
+run <<'END'
+nbdkit -U - --filter=cow file disk.img cow-save=/dev/fd/3 \
+    --run './job "$uri"' 3>diff.qcow2
+END
+is_the_disk diff.qcow2
+cmp diff.qcow2 "$tmp/backup/diff.qcow2"
+
+# The manual says why the output has to go elsewhere.
+nbdkit -U - --filter=cow file disk.img cow-save=- --run './job "$uri"' >mixed
+head -n 1 mixed | grep -q 'This is the job' || die "the manual is wrong"
+
+fresh
+run <<'END'
+mkfifo diff.fifo
+END
+run <<'END'
+nbdkit -U disk.sock --filter=cow file disk.img cow-save=diff.fifo
+END
+./job 'nbd+unix:///?socket=disk.sock'
+stop_server &
+run <<'END'
+gzip <diff.fifo >diff.qcow2.gz
+END
+wait $!
+gzip -d diff.qcow2.gz
+is_the_disk diff.qcow2
+
+#------------------------------------------------ WORKING WITH THE DIFF --
+
+fresh
+nbdkit -U - --filter=cow file disk.img cow-save=diff.qcow2 --run './job "$uri"'
+run <<'END'
+qemu-img rebase -u -b disk.img -F raw diff.qcow2
+END
+run <<'END'
+qemu-img map --output=json diff.qcow2
+END
+run <<'END'
+qemu-img compare -f qcow2 -F raw diff.qcow2 seen.img
+END
+run <<'END'
+qemu-system-x86_64 -m 1G -drive file=diff.qcow2,format=qcow2,if=virtio
+END
+is_the_disk diff.qcow2
+run <<'END'
+qemu-img convert -f qcow2 -O raw diff.qcow2 changed.img
+END
+cmp changed.img seen.img
+run <<'END'
+qemu-img commit diff.qcow2
+END
+cmp disk.img seen.img || die "the changes are not in the base"
+
 fresh
 run <<'END'
 nbdkit -U disk.sock --filter=cow file disk.img
 END
-sock=disk.sock py <<'END'
-h = connect()
-h.pwrite(b"x" * 100000, 12345)
-h.zero(65536, 1048576)
-END
+./job 'nbd+unix:///?socket=disk.sock'
 run <<'END'
 qemu-img create -F raw -b nbd:unix:disk.sock -f qcow2 diff.qcow2
 END
 run <<'END'
 qemu-img rebase -F raw -b disk.img -f qcow2 diff.qcow2
 END
-qemu-img compare -f qcow2 diff.qcow2 -F raw 'nbd+unix:///?socket=disk.sock'
+is_the_disk diff.qcow2
+
+fresh
+run <<'END'
+nbdkit -U - --filter=cow file disk.img cow-save=- \
+    --run './job "$uri" >&2' \
+    | restic backup --stdin --stdin-filename diff.qcow2
+END
+run <<'END'
+restic dump latest diff.qcow2 >diff.qcow2
+END
+is_the_disk diff.qcow2
+
+# libvirt takes the disks.  (Its driver "test" knows what is valid, and has no
+# machines.)
+sed -n '/^ <disk/,/^ <\/disk/p' "$test_dir/../nbdkit-cow-filter.pod" >disks
+[ "$(grep -c '^ <disk' disks)" -eq 2 ] || die "the disks were not found"
+awk -v RS='</disk>\n' -v ORS='</disk>\n' '{ print >("disk" NR ".xml") }' disks
+for disk in disk1.xml disk2.xml; do
+    {
+        echo "<domain type='kvm'><name>a</name><memory unit='GiB'>1</memory>"
+        echo "<os><type>hvm</type></os><devices>"
+        cat "$disk"
+        echo "</devices></domain>"
+    } >domain.xml
+    virsh -q -c test:///default define --validate domain.xml ||
+        die "libvirt does not take this: $(cat "$disk")"
+    sed -i 's/dev=/device=/' domain.xml
+    ! virsh -q -c test:///default define --validate domain.xml 2>/dev/null ||
+        die "libvirt takes anything"
+done
 fresh
 
 # Nothing is documented that was not run above.  The commands that build are
 # those that brought us here.
 builds='^(autoreconf -i|\./configure|make|sudo make install|\./quickstart.*|\./runtests.*)$'
-sed -nE -e 's/^ {4}((nbd|qemu|make|autoreconf|sudo|\.\/)[^ ]*.*)/\1/p' \
-    "$test_dir/../README" |
-    sed -E 's/ {4,}.*//' >"$tmp/documented"
-sed -nE '/^=head1 DESCRIPTION/,$ s/^ ((nbd|qemu)[^ ]* .*)/\1/p' \
-    "$test_dir/../nbdkit-cow-filter.pod" >>"$tmp/documented"
-[ "$(wc -l <"$tmp/documented")" -ge 20 ] || die "the commands were not found"
+{
+    # All of the recipes, and elsewhere what looks like a command.
+    join <"$test_dir/../README" |
+        sed -nE -e '/^RECIPES$/,/^HOW IT DIFFERS$/ s/^ {4}([^ ].*)/\1/p' \
+            -e '/^RECIPES$/,/^HOW IT DIFFERS$/ ! s/^ {4}((nbd|qemu|make|autoreconf|sudo|\.\/)[^ ]*.*)/\1/p' |
+        sed -E 's/ {4,}.*//'
+    # All that is verbatim, but for XML.
+    join <"$test_dir/../nbdkit-cow-filter.pod" |
+        sed -nE '/^=head1 DESCRIPTION/,$ s/^ ([^ <].*)/\1/p'
+} >"$tmp/documented"
+[ "$(wc -l <"$tmp/documented")" -ge 45 ] || die "the commands were not found"
 while IFS= read -r line; do
     [[ ! $line =~ $builds ]] || continue
     grep -qxF -e "$line" "$commands" || die "documented but not run: $line"

@@ -196,6 +196,7 @@ static struct {
   const char *server;
   const char *base_file;
   const char *base_map;
+  const char *result;
   uint64_t block_size;
   unsigned requests;
   unsigned rounds;
@@ -2002,6 +2003,17 @@ make_model (void)
   }
 }
 
+/* After check_disk, the model has one answer for each byte. */
+static void
+write_result (void)
+{
+  FILE *fp = fopen (options.result, "w");
+
+  if (fp == NULL || fwrite (model, 1, disk_size, fp) != disk_size
+      || fclose (fp) != 0)
+    die ("%s: %s", options.result, strerror (errno));
+}
+
 static void
 close_all (void)
 {
@@ -2046,6 +2058,7 @@ usage (FILE *fp)
     "  --seed=N            (or $MODEL_SEED; otherwise from the clock)\n"
     "  --timeout=N         seconds to wait for an answer (300)\n"
     "  --base-map=FILE     extents of the base, from nbdinfo --map\n"
+    "  --result=FILE       write there what the disk must hold at the end\n"
     "  --cow-on-read       blocks may be allocated by reads\n"
     "  --cow-on-cache      blocks may be allocated by prefetches\n"
     "  --lax               for servers other than this filter: what is not\n"
@@ -2093,6 +2106,7 @@ parse_options (int argc, char *argv[])
     { "lax", no_argument, NULL, 'l' },
     { "max-request", required_argument, NULL, 'x' },
     { "requests", required_argument, NULL, 'n' },
+    { "result", required_argument, NULL, 'o' },
     { "rounds", required_argument, NULL, 'r' },
     { "seed", required_argument, NULL, 's' },
     { "timeout", required_argument, NULL, 't' },
@@ -2128,6 +2142,9 @@ parse_options (int argc, char *argv[])
       break;
     case 'n':
       options.requests = parse_number ("--requests", optarg, 1, 1 << 30);
+      break;
+    case 'o':
+      options.result = optarg;
       break;
     case 'r':
       options.rounds = parse_number ("--rounds", optarg, 1, 1 << 30);
@@ -2186,8 +2203,11 @@ main (int argc, char *argv[])
     run_round (i);
   if (atomic_load (&failed))
     print_failure ();
-  else
+  else {
+    if (options.result)
+      write_result ();
     printf ("model: %zu requests agree\n", count_requests ());
+  }
   close_all ();
   return atomic_load (&failed) ? 1 : 0;
 }

@@ -24,7 +24,7 @@ if [ -n "$complaints" ]; then
 fi
 
 # A parameter is a string in cow.c that starts like one.
-grep -o '"cow-[a-z-]*"' "$abs_top_srcdir/cow.c" | tr -d '"' | sort -u |
+grep -o '"cow-[a-z-]*[a-z]"' "$abs_top_srcdir/cow.c" | tr -d '"' | sort -u |
     while read -r parameter; do
         if ! grep -q "^=item B<$parameter=" "$pod"; then
             echo "$parameter has no paragraph in the manual"

@@ -30,7 +30,7 @@ static int
 set_up (void **state)
 {
   (void) state;
-  store_init (&store, dir, PLACE);
+  store_init (&store, dir, NEWFILE_ANONYMOUS, PLACE, 1);
   return 0;
 }
 
@@ -49,7 +49,7 @@ bytes_used (void)
 {
   struct stat st;
 
-  assert_int_equal (fstat (store.fd, &st), 0);
+  assert_int_equal (fstat (store.file.fd, &st), 0);
   return (uint64_t) st.st_blocks * 512;
 }
 
@@ -68,13 +68,13 @@ file_is_made_at_the_first_place (void **state)
   struct stat st;
 
   (void) state;
-  assert_int_equal (store.fd, -1);
+  assert_int_equal (store.file.fd, -1);
   assert_int_equal (store_take (&store, 1, &place), 1);
   assert_int_equal (place, 1);
-  assert_int_equal (fstat (store.fd, &st), 0);
+  assert_int_equal (fstat (store.file.fd, &st), 0);
   assert_int_equal (st.st_nlink, 0);
   assert_int_equal (st.st_mode & 0777, 0600);
-  assert_true (fcntl (store.fd, F_GETFD) & FD_CLOEXEC);
+  assert_true (fcntl (store.file.fd, F_GETFD) & FD_CLOEXEC);
 }
 
 static void

@@ -1,0 +1,514 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* Saving overlays (see save.h).
+ *
+ * In place: the overlay's file is made in the directory of the target.  Its tables
+ * are written, and it gets the target's name; no data is copied.  A stream, and
+ * cow-save-compact, copy the image in the order of the disk.
+ *
+ * What cannot be saved where it should be is kept elsewhere as a complete image:
+ * in the overlay's own file, under another name in its directory, or if that fails
+ * too, as a copy in the directory for temporary files.
+ *
+ * Nothing here asks the base for anything, and nothing waits for a client.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <nbdkit-filter.h>
+
+#include "cleanup.h"
+#include "debug.h"
+#include "image.h"
+#include "names.h"
+#include "newfile.h"
+#include "save.h"
+#include "store.h"
+#include "tables.h"
+#include "target.h"
+
+#define COPY_BYTES (1u << 20)
+
+struct save {
+  struct target *target;
+  struct save_options options;
+  char *temporary; /* a directory for what cannot be kept elsewhere, or NULL */
+};
+
+static int
+check_options (const struct save_options *o)
+{
+  const bool names_one = o->backing && strcmp (o->backing, "none") != 0;
+
+  if (o->backing
+      && (*o->backing == '\0'
+          || strlen (o->backing) > QCOW2_MAX_BACKING_NAME)) {
+    nbdkit_error ("cow-save-backing=%s: must be a name of 1 to %d bytes, or "
+                  "none",
+                  o->backing, QCOW2_MAX_BACKING_NAME);
+    return -1;
+  }
+  if (o->backing_format && !names_one) {
+    nbdkit_error ("cow-save-backing-format=%s: there is no backing file whose "
+                  "format this could be; name one with cow-save-backing",
+                  o->backing_format);
+    return -1;
+  }
+  if (o->backing_format
+      && (*o->backing_format == '\0' || strlen (o->backing_format) > 15)) {
+    nbdkit_error ("cow-save-backing-format=%s: must be a name of 1 to 15 "
+                  "bytes, for example raw or qcow2",
+                  o->backing_format);
+    return -1;
+  }
+  return 0;
+}
+
+struct save *
+save_new (const struct save_options *options, const struct loads *loads,
+          const struct parameter *others, size_t nr_others)
+{
+  struct save *s;
+  const char *name;
+
+  if (check_options (options) == -1)
+    return NULL;
+  s = calloc (1, sizeof *s);
+  if (!s) {
+    nbdkit_error ("cow: out of memory");
+    return NULL;
+  }
+  s->options = *options;
+  s->target = target_new (options->target, loads, others, nr_others);
+  if (!s->target) {
+    free (s);
+    return NULL;
+  }
+  s->temporary = store_find_dir (&name);
+  return s;
+}
+
+void
+save_free (struct save *s)
+{
+  if (!s)
+    return;
+  target_free (s->target);
+  free (s->temporary);
+  free (s);
+}
+
+const char *
+save_name (const struct save *s)
+{
+  return s->target->name;
+}
+
+enum overlay_fate
+save_fate (const struct save *s)
+{
+  return s->target->kind == TARGET_STREAM || s->options.compact
+           ? OVERLAY_SAVED
+           : OVERLAY_SAVED_IN_PLACE;
+}
+
+const char *
+save_directory (const struct save *s)
+{
+  return save_fate (s) == OVERLAY_SAVED_IN_PLACE ? s->target->directory : NULL;
+}
+
+bool
+save_is_per_export (const struct save *s)
+{
+  return s->target->kind == TARGET_DIRECTORY;
+}
+
+bool
+save_is_what_is_loaded (const struct save *s, const struct loads *loads)
+{
+  return s->target->kind == TARGET_FILE
+         && loads_has_only (loads, s->target->path);
+}
+
+int
+save_check_again (const struct save *s)
+{
+  if (!s->target->directory || store_check_dir (s->target->directory) == 0)
+    return 0;
+  nbdkit_error ("cow-save=%s: cannot make a file in %s: %m", s->target->name,
+                s->target->directory);
+  return -1;
+}
+
+/*----------------------------------------------------------------------
+ * Where an export goes
+ */
+
+/* The file for an export, in memory that the caller frees; NULL and errno. */
+static char *
+path_of_export (const struct save *s, const char *export_name)
+{
+  if (s->target->kind == TARGET_FILE)
+    return strdup (s->target->path);
+
+  CLEANUP_FREE char *file = names_of_export (export_name);
+  return file ? names_join (s->target->directory, file) : NULL;
+}
+
+int
+save_check_export (const struct save *s, const struct loads *loads,
+                   const char *export_name)
+{
+  CLEANUP_FREE char *path = NULL;
+  CLEANUP_FREE char *why = NULL;
+  enum newfile_target what;
+  mode_t mode;
+
+  if (s->target->kind != TARGET_DIRECTORY)
+    return 0;
+  path = path_of_export (s, export_name);
+  if (!path) {
+    nbdkit_error ("cow-save=%s: export refused: no name for its file: %m",
+                  s->target->name);
+    return -1;
+  }
+  if (target_check_file (s->target, loads, path, &what, &mode, &why) == -1) {
+    nbdkit_error ("cow-save=%s: export refused: %s", s->target->name,
+                  why ? why : "out of memory");
+    return -1;
+  }
+  return 0;
+}
+
+/*----------------------------------------------------------------------
+ * Writing
+ */
+
+/* An overlay on its way out. */
+struct job {
+  struct save *s;
+  const struct loads *loads;
+  const char *export_name;
+  struct overlay *overlay;
+  struct image_source source;
+  char *backing;  /* of source, where we have made it up */
+  bool finished;  /* its file is an image */
+  bool published; /* an image has the name that it is to have */
+  bool unsynced;  /* its file could not be synced: do not rely on it */
+  char
+    *failure; /* what went wrong first, or NULL: there is no memory to say */
+};
+
+/* Note what went wrong, with errno.  Returns -1. */
+static int __attribute__ ((format (printf, 2, 3)))
+job_failed (struct job *j, const char *format, ...)
+{
+  CLEANUP_FREE char *what = NULL;
+  const char *error = errno ? strerror (errno) : NULL;
+  va_list args;
+
+  va_start (args, format);
+  if (vasprintf (&what, format, args) == -1)
+    what = NULL;
+  va_end (args);
+
+  free (j->failure);
+  if (!what
+      || asprintf (&j->failure, "%s%s%s", what, error ? ": " : "",
+                   error ? error : "")
+           == -1)
+    j->failure = NULL;
+  return -1;
+}
+
+/* Fill in the backing file. */
+static int
+set_backing (struct job *j)
+{
+  const struct save_options *o = &j->s->options;
+
+  j->source.backing_format = o->backing_format ? o->backing_format : "raw";
+  if (o->backing && strcmp (o->backing, "none") == 0)
+    j->source.backing_format = NULL;
+  else if (o->backing)
+    j->source.backing_file = o->backing;
+  else {
+    /* Opens anywhere, and reads as zeroes, which null-co by itself does not. */
+    if (asprintf (&j->backing,
+                  "json:{\"driver\":\"raw\",\"file\":{\"driver\":\"null-co\","
+                  "\"size\":%" PRIu64 ",\"read-zeroes\":true}}",
+                  j->source.geometry.disk_size)
+        == -1) {
+      j->backing = NULL;
+      errno = ENOMEM;
+      return job_failed (j, "cannot save");
+    }
+    j->source.backing_file = j->backing;
+  }
+  return 0;
+}
+
+/* Write all of BUF to a descriptor that may be a pipe, and may not block. */
+static int
+write_all (int fd, const char *buf, size_t count)
+{
+  while (count > 0) {
+    const ssize_t r = write (fd, buf, count);
+
+    if (r == -1 && errno == EAGAIN) {
+      struct pollfd p = { .fd = fd, .events = POLLOUT };
+
+      poll (&p, 1, -1);
+      continue;
+    }
+    if (r == -1 && errno == EINTR)
+      continue;
+    if (r == -1)
+      return -1;
+    buf += r;
+    count -= (size_t) r;
+  }
+  return 0;
+}
+
+/* Write the image in the order of the disk, from its start to its end. */
+static int
+copy_out (struct job *j, int fd, const char *where)
+{
+  CLEANUP_FREE char *buf = malloc (COPY_BYTES);
+  struct image *image = buf ? image_plan (&j->source) : NULL;
+  int r = 0;
+
+  if (!image)
+    return job_failed (j, "cannot make an image");
+
+  for (uint64_t at = 0; at < image_size (image) && r == 0;) {
+    const size_t n = MIN (COPY_BYTES, image_size (image) - at);
+
+    if (image_read (image, buf, n, at) == -1)
+      r = job_failed (j, "cannot read the overlay");
+    else if (write_all (fd, buf, n) == -1)
+      r = job_failed (j, "cannot write to %s", where);
+    at += n;
+  }
+  image_free (image);
+  return r;
+}
+
+/* Make the overlay's own file into an image. */
+static int
+finish_in_place (struct job *j)
+{
+  if (j->finished)
+    return 0;
+  if (image_finish (&j->source, overlay_tables (j->overlay)) == -1)
+    return job_failed (j, "cannot write the tables of the image in %s",
+                       j->source.store->dir);
+  j->finished = true;
+  return 0;
+}
+
+static int
+save_to_stream (struct job *j)
+{
+  struct target *t = j->s->target;
+  int r;
+
+  errno = 0;
+  if (target_open_stream (t) == -1) {
+    if (errno == ENXIO) {
+      errno = 0;
+      return job_failed (j, "nobody reads the FIFO");
+    }
+    return job_failed (j, "cannot open it");
+  }
+  r = copy_out (j, t->fd, "it");
+
+  /* Pipes have no sync. */
+  if (r == 0 && fsync (t->fd) == -1 && errno != EINVAL && errno != EROFS
+      && errno != ENOTSUP)
+    r = job_failed (j, "cannot sync it");
+  close (t->fd);
+  t->fd = -1;
+  return r;
+}
+
+/* Give FILE, which is an image, its name. */
+static int
+publish (struct job *j, struct newfile *file, const char *path)
+{
+  static const char *const steps[] = {
+    [NEWFILE_SYNC] = "cannot sync it",
+    [NEWFILE_NAME] = "cannot give it its name",
+    [NEWFILE_SYNC_DIRECTORY] = "cannot sync its directory",
+  };
+  CLEANUP_FREE char *why = NULL;
+  enum newfile_target what;
+  enum newfile_step step;
+  mode_t mode;
+
+  if (target_check_file (j->s->target, j->loads, path, &what, &mode, &why)
+      == -1) {
+    errno = 0;
+    return job_failed (j, "%s", why ? why : "out of memory");
+  }
+  if (newfile_publish (file, path, what, mode, &step) == 0)
+    return 0;
+  j->published = file->published;
+  j->unsynced = file == &j->source.store->file && step == NEWFILE_SYNC;
+  return job_failed (j, "%s: %s", path, steps[step]);
+}
+
+static int
+save_to_file (struct job *j, const char *path)
+{
+  struct newfile copy;
+  int r;
+
+  if (!j->s->options.compact) {
+    if (finish_in_place (j) == -1)
+      return -1;
+    return publish (j, &j->source.store->file, path);
+  }
+
+  if (newfile_make (&copy, j->s->target->directory, NEWFILE_TO_PUBLISH) == -1)
+    return job_failed (j, "cannot make a file in %s", j->s->target->directory);
+  r = copy_out (j, copy.fd, j->s->target->directory);
+  if (r == 0)
+    r = publish (j, &copy, path);
+  newfile_discard (&copy);
+  return r;
+}
+
+/*----------------------------------------------------------------------
+ * When that failed
+ */
+
+/* Publish FILE in DIR under a name that nothing has, which is returned; NULL and
+ * errno.
+ */
+static char *
+keep_file (const struct job *j, struct newfile *file, const char *dir)
+{
+  CLEANUP_FREE char *name = names_of_export (j->export_name);
+
+  for (unsigned i = 0; i < 100; ++i) {
+    enum newfile_step step;
+    char *path;
+
+    if (asprintf (&path, "%s/cow-kept-%u-%u-%.200s", dir, (unsigned) getpid (),
+                  i, name ? name : "export.qcow2")
+        == -1)
+      return NULL;
+    if (newfile_publish (file, path, NEWFILE_IS_NEW, 0600, &step) == 0
+        || file->published)
+      return path;
+    free (path);
+    if (errno != EEXIST)
+      return NULL;
+  }
+  return NULL;
+}
+
+/* Keep the overlay's own file.  Once a sync of it has failed, the kernel takes what
+ * it could not write for written; a copy of what it still has is safer.
+ */
+static char *
+keep_in_place (struct job *j)
+{
+  struct store *store = j->source.store;
+
+  if (j->unsynced || finish_in_place (j) == -1)
+    return NULL;
+  return keep_file (j, &store->file, store->dir);
+}
+
+/* Keep a copy in the directory for temporary files. */
+static char *
+keep_copy (struct job *j)
+{
+  struct newfile copy;
+  char *path = NULL;
+
+  if (!j->s->temporary
+      || newfile_make (&copy, j->s->temporary, NEWFILE_TO_PUBLISH) == -1)
+    return NULL;
+  if (copy_out (j, copy.fd, j->s->temporary) == 0)
+    path = keep_file (j, &copy, j->s->temporary);
+  newfile_discard (&copy);
+  return path;
+}
+
+static void
+keep (struct job *j)
+{
+  const char *name = j->s->target->name;
+  CLEANUP_FREE char *failure = j->failure;
+  char *kept;
+
+  j->failure = NULL;
+  if (j->published) {
+    nbdkit_error ("cow-save=%s: %s; the diff is complete, but may not outlive "
+                  "a crash of this machine",
+                  name, failure ? failure : "out of memory");
+    return;
+  }
+  kept = keep_in_place (j);
+  if (!kept)
+    kept = keep_copy (j);
+  if (kept)
+    nbdkit_error ("cow-save=%s: %s; the changes were kept, as a complete "
+                  "diff, in %s",
+                  name, failure ? failure : "out of memory", kept);
+  else
+    nbdkit_error ("cow-save=%s: %s; the changes could not be kept elsewhere: "
+                  "%s",
+                  name, failure ? failure : "out of memory",
+                  j->failure ? j->failure : "no directory takes them");
+  free (kept);
+}
+
+int
+save_overlay (struct save *s, const struct loads *loads,
+              const char *export_name, struct overlay *overlay)
+{
+  struct job j = {
+    .s = s,
+    .loads = loads,
+    .export_name = export_name,
+    .overlay = overlay,
+    .source = { .map = overlay_map (overlay),
+                .store = overlay_store (overlay),
+                .geometry = overlay_tables (overlay)->geometry },
+  };
+  CLEANUP_FREE char *path = NULL;
+  int r;
+
+  r = set_backing (&j);
+  if (r == 0 && s->target->kind == TARGET_STREAM)
+    r = save_to_stream (&j);
+  else if (r == 0) {
+    path = path_of_export (s, export_name);
+    r = path ? save_to_file (&j, path)
+             : job_failed (&j, "no name for the file");
+  }
+  if (r == -1)
+    keep (&j);
+  else
+    VERBOSE ("export \"%s\": saved to %s", export_name,
+             path ? path : s->target->name);
+  free (j.failure);
+  free (j.backing);
+  return r;
+}

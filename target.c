@@ -1,0 +1,406 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* What cow-save names, and whether it may be written (see target.h).
+ *
+ * Nothing is replaced but a diff that this filter made or that is loaded, and
+ * never a file that another parameter names, whatever it is called there.
+ *
+ * Knows nothing of overlays.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <nbdkit-filter.h>
+
+#include "cleanup.h"
+#include "names.h"
+#include "qcow2.h"
+#include "store.h"
+#include "target.h"
+
+/* How long a FIFO waits for its reader. */
+#define FIFO_SECONDS 30
+
+/* A file that a parameter names. */
+struct other_file {
+  char *text; /* key=value */
+  dev_t device;
+  ino_t inode;
+};
+
+static int
+refuse (const struct target *t, const char *what)
+{
+  nbdkit_error ("cow-save=%s: %s", t->name, what);
+  return -1;
+}
+
+static int
+refuse_errno (const struct target *t, const char *what)
+{
+  nbdkit_error ("cow-save=%s: %s: %m", t->name, what);
+  return -1;
+}
+
+/* Remember which files the parameters name. */
+static int
+find_others (struct target *t, const struct parameter *others,
+             size_t nr_others)
+{
+  t->others = calloc (nr_others + 1, sizeof *t->others);
+  if (!t->others)
+    return refuse_errno (t, "cannot check it");
+  for (size_t i = 0; i < nr_others; ++i) {
+    struct other_file *o = &t->others[t->nr_others];
+    struct stat st;
+
+    if (stat (others[i].value, &st) == -1)
+      continue;
+    o->device = st.st_dev;
+    o->inode = st.st_ino;
+    if (asprintf (&o->text, "%s=%s", others[i].key, others[i].value) == -1) {
+      o->text = NULL;
+      return refuse_errno (t, "cannot check it");
+    }
+    t->nr_others++;
+  }
+  return 0;
+}
+
+/* The parameter that names this file, or NULL. */
+static const char *
+named_by_other (const struct target *t, const struct stat *st)
+{
+  for (size_t i = 0; i < t->nr_others; ++i)
+    if (t->others[i].device == st->st_dev && t->others[i].inode == st->st_ino)
+      return t->others[i].text;
+  return NULL;
+}
+
+/*----------------------------------------------------------------------
+ * Files
+ */
+
+/* Is there an image of this filter's making? */
+static bool
+is_ours (const char *path)
+{
+  CLEANUP_FREE char *buf = malloc (QCOW2_HEADER_BYTES);
+  const int fd = open (path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+  struct qcow2_header header;
+  struct qcow2_fault fault;
+  struct stat st;
+  ssize_t length = -1;
+
+  if (fd == -1)
+    return false;
+  if (buf && fstat (fd, &st) == 0)
+    do
+      length = pread (fd, buf, QCOW2_HEADER_BYTES, 0);
+    while (length == -1 && errno == EINTR);
+  close (fd);
+  return length > 0
+         && qcow2_decode_header (buf, (size_t) length, (uint64_t) st.st_size,
+                                 &header, &fault)
+              == 0
+         && header.ours;
+}
+
+static int
+say_why (char **why, const char *path, const char *what, const char *more)
+{
+  if (asprintf (why, "%s %s%s", path, what, more) == -1)
+    *why = NULL;
+  return -1;
+}
+
+int
+target_check_file (const struct target *t, const struct loads *loads,
+                   const char *path, enum newfile_target *what, mode_t *mode,
+                   char **why)
+{
+  struct stat st;
+
+  if (lstat (path, &st) == -1) {
+    if (errno != ENOENT)
+      return say_why (why, path, "cannot be looked at: ", strerror (errno));
+    *what = NEWFILE_IS_NEW;
+    *mode = t->new_mode;
+    return 0;
+  }
+
+  const char *other = named_by_other (t, &st);
+  if (other)
+    return say_why (why, path,
+                    "must not be overwritten; name another file: it "
+                    "is also that of the parameter ",
+                    other);
+  if (!S_ISREG (st.st_mode))
+    return say_why (why, path,
+                    "exists and is no regular file; move it away, or name "
+                    "another one",
+                    "");
+  if (!loads_has (loads, path) && !is_ours (path))
+    return say_why (why, path,
+                    "exists and is not a diff that this filter made; move it "
+                    "away, or name another file",
+                    "");
+  *what = NEWFILE_REPLACES;
+  *mode = st.st_mode & 0777;
+  return 0;
+}
+
+static int
+check_directory (const struct target *t)
+{
+  if (store_check_dir (t->directory) == 0)
+    return 0;
+  nbdkit_error ("cow-save=%s: cannot make a file in %s: %m", t->name,
+                t->directory);
+  return -1;
+}
+
+static int
+use_directory (struct target *t)
+{
+  t->kind = TARGET_DIRECTORY;
+  t->directory = realpath (t->name, NULL);
+  if (!t->directory)
+    return refuse_errno (t, "cannot use the directory");
+  return check_directory (t);
+}
+
+static int
+use_file (struct target *t, const struct loads *loads)
+{
+  CLEANUP_FREE char *why = NULL;
+  enum newfile_target what;
+  mode_t mode;
+
+  t->kind = TARGET_FILE;
+  t->directory = names_directory (t->path);
+  if (!t->directory)
+    return refuse_errno (t, "cannot check it");
+  if (target_check_file (t, loads, t->path, &what, &mode, &why) == -1)
+    return refuse (t, why ? why : "out of memory");
+  return check_directory (t);
+}
+
+/*----------------------------------------------------------------------
+ * Streams
+ */
+
+/* The descriptor that a name stands for, or -1. */
+static int
+descriptor_of (const char *name)
+{
+  static const char *const prefixes[]
+    = { "/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/" };
+
+  if (strcmp (name, "-") == 0 || strcmp (name, "/dev/stdout") == 0)
+    return STDOUT_FILENO;
+  if (strcmp (name, "/dev/stderr") == 0)
+    return STDERR_FILENO;
+  for (size_t i = 0; i < sizeof prefixes / sizeof prefixes[0]; ++i) {
+    const size_t length = strlen (prefixes[i]);
+    unsigned long number;
+    char *end;
+
+    if (strncmp (name, prefixes[i], length) != 0 || name[length] < '0'
+        || name[length] > '9')
+      continue;
+    number = strtoul (name + length, &end, 10);
+    if (*end == '\0' && number <= INT_MAX)
+      return (int) number;
+  }
+  return -1;
+}
+
+/* Was nbdkit started with option -s, so that standard input and output are the
+ * client?  Filters are not told, so this looks at the command line, where options
+ * may also stand between and in front of others ("-fs").
+ */
+static bool
+serves_standard_output (void)
+{
+  static const char with_value[] = "eDgiPptUu";
+  FILE *f = fopen ("/proc/self/cmdline", "re");
+  CLEANUP_FREE char *arg = NULL;
+  size_t size = 0;
+  bool found = false, is_value = true; /* the first is the program's name */
+
+  if (!f)
+    return false;
+  while (!found && getdelim (&arg, &size, '\0', f) > 0) {
+    if (is_value) {
+      is_value = false;
+      continue;
+    }
+    if (strcmp (arg, "--") == 0)
+      break;
+    if (strcmp (arg, "--run") == 0)
+      is_value = true;
+    if (strcmp (arg, "--single") == 0 || strcmp (arg, "--stdin") == 0)
+      found = true;
+    for (const char *c = arg + 1; arg[0] == '-' && arg[1] != '-' && *c; ++c) {
+      if (strchr (with_value, *c)) {
+        is_value = c[1] == '\0';
+        break;
+      }
+      found |= *c == 's';
+    }
+  }
+  (void) fclose (f);
+  return found;
+}
+
+/* Write to a copy of descriptor FD, as nbdkit closes standard output soon. */
+static int
+use_descriptor (struct target *t, int fd)
+{
+  const int flags = fcntl (fd, F_GETFL);
+  struct stat st;
+
+  t->kind = TARGET_STREAM;
+  if (flags == -1 || fstat (fd, &st) == -1)
+    return refuse_errno (t, "no open file");
+  if ((flags & O_ACCMODE) == O_RDONLY)
+    return refuse (t, "this file is not open for writing");
+  if (isatty (fd))
+    return refuse (t, "will not write an image to a terminal; redirect it to "
+                      "a file or a pipe");
+  if (fd == STDOUT_FILENO && serves_standard_output ())
+    return refuse (t, "option -s has standard output for the client; name a "
+                      "file");
+
+  const char *other = S_ISREG (st.st_mode) || S_ISBLK (st.st_mode)
+                        ? named_by_other (t, &st)
+                        : NULL;
+  if (other) {
+    nbdkit_error ("cow-save=%s: must not be overwritten; name another file: "
+                  "it is also that of the parameter %s",
+                  t->name, other);
+    return -1;
+  }
+
+  t->fd = fcntl (fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+  return t->fd == -1 ? refuse_errno (t, "cannot use it") : 0;
+}
+
+static int
+use_character_device (struct target *t)
+{
+  t->kind = TARGET_STREAM;
+  t->fd = open (t->path, O_WRONLY | O_CLOEXEC | O_NOCTTY);
+  if (t->fd == -1)
+    return refuse_errno (t, "cannot open it");
+  if (isatty (t->fd))
+    return refuse (t, "will not write an image to a terminal");
+  return 0;
+}
+
+static int
+use_fifo (struct target *t)
+{
+  t->kind = TARGET_STREAM;
+  if (access (t->path, W_OK) == -1)
+    return refuse_errno (t, "cannot write to it");
+  return 0;
+}
+
+int
+target_open_stream (struct target *t)
+{
+  const struct timespec pause = { .tv_nsec = 100000000 };
+
+  /* Opened like this, ENXIO tells that nobody reads it yet. */
+  for (unsigned i = 0; t->fd == -1; ++i) {
+    t->fd = open (t->path, O_WRONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+    if (t->fd == -1
+        && ((errno != ENXIO && errno != EINTR) || i == FIFO_SECONDS * 10))
+      return -1;
+    if (t->fd == -1)
+      nanosleep (&pause, NULL);
+  }
+  return 0;
+}
+
+/*----------------------------------------------------------------------
+ */
+
+static int
+find_kind (struct target *t, const struct loads *loads)
+{
+  const size_t length = strlen (t->name);
+  const int fd = descriptor_of (t->name);
+  struct stat st;
+
+  if (fd >= 0)
+    return use_descriptor (t, fd);
+  if (length == 0)
+    return refuse (t, "must be the name of a file or directory, or -");
+  if (t->name[length - 1] == '/'
+      || (stat (t->name, &st) == 0 && S_ISDIR (st.st_mode)))
+    return use_directory (t);
+
+  t->path = names_resolve (t->name);
+  if (!t->path)
+    return refuse_errno (t, "cannot find its directory");
+  if (lstat (t->path, &st) == 0) {
+    if (S_ISFIFO (st.st_mode))
+      return use_fifo (t);
+    if (S_ISCHR (st.st_mode))
+      return use_character_device (t);
+  }
+  return use_file (t, loads);
+}
+
+struct target *
+target_new (const char *name, const struct loads *loads,
+            const struct parameter *others, size_t nr_others)
+{
+  struct target *t = calloc (1, sizeof *t);
+
+  if (!t) {
+    nbdkit_error ("cow: out of memory");
+    return NULL;
+  }
+  t->name = name;
+  t->fd = -1;
+
+  const mode_t mask = umask (077);
+  umask (mask);
+  t->new_mode = 0666 & ~mask;
+
+  if (find_others (t, others, nr_others) == -1 || find_kind (t, loads) == -1) {
+    target_free (t);
+    return NULL;
+  }
+  return t;
+}
+
+void
+target_free (struct target *t)
+{
+  if (!t)
+    return;
+  if (t->fd >= 0)
+    close (t->fd);
+  for (size_t i = 0; i < t->nr_others; ++i)
+    free (t->others[i].text);
+  free (t->others);
+  free (t->directory);
+  free (t->path);
+  free (t);
+}

@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+
+/* What cow-save names, and whether it may be written. */
+
+#ifndef COW_TARGET_H
+#define COW_TARGET_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+#include "loads.h"
+#include "newfile.h"
+
+/* Parameters of the plugin and of other filters, whose values may name files that
+ * are not to be overwritten.
+ */
+struct parameter {
+  const char *key, *value;
+};
+
+enum target_kind {
+  TARGET_FILE, /* gets the one image, and its name when that is complete */
+  TARGET_DIRECTORY, /* of such files, one for an export */
+  TARGET_STREAM,    /* gets the one image, written from its start to its end */
+};
+
+/* Constant, but for fd. */
+struct target {
+  enum target_kind kind;
+  const char *name; /* as the user gave it */
+  char *path;       /* where that is; NULL for descriptors of a stream */
+  char *directory;  /* of the file or files; NULL for streams */
+  int fd; /* of a stream; -1: it is a FIFO that is opened to be written,
+                     * or was closed */
+  mode_t new_mode; /* of files that replace none */
+  struct other_file *others;
+  size_t nr_others;
+};
+
+/* Find out what NAME is, and check all that can be checked.  To be called while
+ * standard output is open.  NULL if it cannot be written, which was reported.
+ */
+extern struct target *target_new (const char *name, const struct loads *loads,
+                                  const struct parameter *others,
+                                  size_t nr_others);
+extern void target_free (struct target *target);
+
+/* May the file PATH be made or replaced?  0, and what stands there and the mode
+ * that it is to get; or -1 and a text that says why not, which the caller frees
+ * (NULL if there is no memory for one).
+ */
+extern int target_check_file (const struct target *target,
+                              const struct loads *loads, const char *path,
+                              enum newfile_target *what, mode_t *mode,
+                              char **why);
+
+/* Open a stream: its descriptor is in target->fd.  Waits for a while until somebody
+ * reads a FIFO.  -1 and errno.
+ */
+extern int target_open_stream (struct target *target);
+
+#endif /* COW_TARGET_H */
