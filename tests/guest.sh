@@ -122,7 +122,7 @@ run_guest ()
         -nodefaults -no-user-config -nographic -no-reboot \
         -accel tcg -cpu max -m 256M -nic none \
         -kernel "$_kernel" -initrd "$tmp/initramfs.all" \
-        -append "console=ttyS0 quiet panic=-1" \
+        -append "console=ttyS0 quiet panic=-1 no_timer_check" \
         -serial "file:$tmp/guest.console" \
         -drive "file=$1,format=raw,if=virtio,discard=unmap" \
         </dev/null >"$tmp/guest.qemu" 2>&1 ||

@@ -6,6 +6,7 @@
 # data files (seen with strace).  The image itself is only opened to be read.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
+no_leak_check
 requires strace -V
 requires_plugin pattern
 requires qemu-img --version

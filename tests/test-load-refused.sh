@@ -57,7 +57,8 @@ rm "$image"
 if [ "$(id -u)" -ne 0 ]; then
     qemu-img create -q -f qcow2 "$image" 4M
     chmod 0 "$image"
-    refused "Permission denied"
+    nbdkit_refuses "Permission denied" --filter="$FILTER" file "$tmp/base" \
+        cow-load="$image"
     rm -f "$image"
 fi
 # One of several.

@@ -6,7 +6,7 @@
 # go.  Neither does the save wait for requests that wait for the base.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
-connections_leak
+no_leak_check
 requires_plugin file
 requires_filter pause delay
 requires qemu-img --version

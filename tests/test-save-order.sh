@@ -6,6 +6,7 @@
 # for one that is replaced.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
+no_leak_check
 requires strace -V
 requires_plugin pattern
 requires qemu-img --version

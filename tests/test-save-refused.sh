@@ -92,6 +92,15 @@ if [ "$(id -u)" -eq 0 ]; then
             grep -q "error: cow-save=$target: .*Permission denied" "$tmp/refused" ||
                 { cat "$tmp/refused" >&2; die "nobody: another message"; }
         done
+        # The server becomes another user only after it has looked.
+        status=0
+        # shellcheck disable=SC2086
+        timeout -k 5 60 $TEST_WRAPPER "$NBDKIT" -f -u nobody -U "$tmp/run/sock2" \
+            --filter="$tmp/filter.so" pattern 1M cow-save="$tmp/readonly/x" \
+            </dev/null >"$tmp/refused" 2>&1 || status=$?
+        [ $status -eq 1 ] || die "-u nobody: status $status"
+        grep -q "error: cow-save=$tmp/readonly/x: .*Permission denied" "$tmp/refused" ||
+            { cat "$tmp/refused" >&2; die "-u nobody: another message"; }
     else
         echo "no setpriv: not tried as another user"
     fi

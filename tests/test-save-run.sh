@@ -6,7 +6,7 @@
 # with names relative to where it was started.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
-connections_leak
+no_leak_check
 requires_plugin file
 requires qemu-img --version
 requires qemu-io --version

@@ -5,7 +5,7 @@
 # and so do two of them one after the other.  A normal end prints no error.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
-connections_leak
+no_leak_check
 requires_plugin pattern
 requires qemu-img --version
 

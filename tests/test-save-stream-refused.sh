@@ -55,7 +55,7 @@ done
 # With -s, other streams are fine.
 timeout -k 5 60 "$NBDKIT" -s --filter="$FILTER" pattern 1M cow-save="$tmp/diff" \
     </dev/null >"$tmp/out" 2>"$tmp/err" || :
-! grep -q error:.*cow-save "$tmp/err" || die "-s refused with a file"
+! grep -q "error:.*cow-save" "$tmp/err" || die "-s refused with a file"
 
 # A FIFO that one may not write to, as another user.
 if [ "$(id -u)" -eq 0 ] && setpriv --version >/dev/null 2>&1; then

@@ -6,6 +6,7 @@
 # from its start to its end (strace: no seek, no write at an offset).
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
+no_leak_check
 requires_plugin pattern
 requires qemu-img --version
 size=$((64 * 1024 * 1024))

@@ -6,24 +6,35 @@
 # is there by half that was not, and what comes later fails with ESHUTDOWN.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
-connections_leak
+no_leak_check
 requires_plugin file
 requires qemu-img --version
-size=$((32 * 1024 * 1024))
+size=$((8 * 1024 * 1024))
 base_file "$tmp/base" $size
+mkdir "$tmp/exports"
+for i in 0 1 2; do
+    ln "$tmp/base" "$tmp/exports/e$i"
+done
 
-# run SIGNAL NR-CONNECTIONS ARGS...
+# run SIGNAL NR-CONNECTIONS EXPORTS ARGS...: EXPORTS is "one", or "each" where each
+# connection has an export of its own.
 run ()
 {
-    local signal=$1 connections=$2
-    shift 2
-    rm -f "$tmp/diff"
-    start_nbdkit file "$tmp/base" cow-save="$tmp/diff" "$@"
-    py "$signal" "$connections" <<'END'
+    local signal=$1 connections=$2 exports=$3 c
+    shift 3
+    rm -rf "$tmp/diff"
+    if [ "$exports" = one ]; then
+        start_nbdkit file "$tmp/base" cow-save="$tmp/diff" "$@"
+    else
+        mkdir "$tmp/diff"
+        start_nbdkit file dir="$tmp/exports" cow-save="$tmp/diff" "$@"
+    fi
+    py "$signal" "$connections" "$exports" <<'END'
 import collections, signal, threading
 
-SIZE = 32 * M
+SIZE = 8 * M
 CELL = 3000                # no multiple of a block
+each = sys.argv[3] == "each"
 number, nr = getattr(signal, "SIG" + sys.argv[1]), int(sys.argv[2])
 cells = SIZE // CELL // nr  # of each connection
 stop = time.monotonic() + guard / 2
@@ -39,7 +50,7 @@ class Client:
     """
 
     def __init__(self, c):
-        self.c, self.h = c, connect()
+        self.c, self.h = c, connect("e%d" % c if each else "")
         self.acked = {}      # cell -> content (bytes or None: zeroes)
         self.pending = {}    # cell -> content
         self.errors = collections.Counter()
@@ -95,7 +106,8 @@ for c in clients:
     c.t.start()
 until(lambda: all(c.acks > 300 for c in clients), "writes")
 os.kill(int(os.environ["pid"]), number)
-until(lambda: os.path.exists(tmp + "/diff"), "the diff")
+diffs = [tmp + "/diff/e%d.qcow2" % c for c in range(nr)] if each else [tmp + "/diff"]
+until(lambda: all(map(os.path.exists, diffs)), "the diff")
 for c in clients:
     c.t.join()
 for c in clients:
@@ -113,22 +125,30 @@ for c in clients:
 
 want = bytearray(base(0, SIZE))
 for c in clients:
+    if each:
+        want = bytearray(base(0, SIZE))
     for i, content in c.acked.items():
         at = (c.c * cells + i) * CELL
         want[at:at + CELL] = content or bytes(CELL)
-with open(tmp + "/wanted", "wb") as f:
-    f.write(want)
+    with open(tmp + ("/wanted%d" % c.c if each else "/wanted"), "wb") as f:
+        f.write(want)
 print(sys.argv[1], sum(c.acks for c in clients), "requests acknowledged")
 END
     nbdkit_ended
     log_lacks error
-    diff_is "$tmp/diff" "$tmp/base" "$tmp/wanted"
+    if [ "$exports" = one ]; then
+        diff_is "$tmp/diff" "$tmp/base" "$tmp/wanted"
+    else
+        for ((c = 0; c < connections; c++)); do
+            diff_is "$tmp/diff/e$c.qcow2" "$tmp/base" "$tmp/wanted$c"
+        done
+    fi
 }
 
-run TERM 4
-run INT 8 cow-block-size=64K
-run HUP 3 cow-save-compact=true
-run QUIT 4 cow-save-format=extended
-for i in 1 2 3 4; do
-    run TERM 4 cow-block-size=$((4 << i))K
-done
+run TERM 4 one
+run INT 8 one cow-block-size=64K
+run HUP 3 one cow-save-compact=true
+run QUIT 4 one cow-save-format=extended
+run TERM 4 one cow-block-size=2M
+run TERM 3 each
+run INT 3 each cow-save-compact=true
