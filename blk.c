@@ -343,6 +343,7 @@ struct change {
   uint64_t first;   /* number of the first slot */
   size_t count;     /* of slots */
   uint64_t stripes; /* slot locks held, one bit each */
+  uint64_t nr_l2;   /* L2 tables that space was set aside for */
   struct slot_change *slots;
   struct slot_change few[17]; /* enough for 2 MiB in blocks of 4 KiB */
 };
@@ -403,6 +404,7 @@ change_begin (struct change *c, struct overlay *o, uint64_t offset,
   c->first = offset >> o->slot_shift;
   c->count = (size_t) (((end - 1) >> o->slot_shift) - c->first + 1);
   c->stripes = stripes_of (c->first, c->count);
+  c->nr_l2 = 0;
   c->slots = c->few;
   if (c->count > sizeof c->few / sizeof c->few[0]) {
     c->slots = malloc (c->count * sizeof *c->slots);
@@ -476,7 +478,7 @@ l2_table_is_touched (const struct overlay *o, uint64_t nr)
  * Two requests that are both the first set it aside twice.  0 or an errno value.
  */
 static int
-change_reserve_tables (struct change *c)
+change_reserve_tables (struct change *c, bool took_places)
 {
   struct overlay *o = c->o;
   uint64_t last_l2 = UINT64_MAX;
@@ -492,9 +494,14 @@ change_reserve_tables (struct change *c)
       continue;
     if (tables_reserve_l2 (&o->tables, l2) == -1)
       return errno;
+    c->nr_l2++;
     last_l2 = l2;
   }
-  return tables_reserve_refcounts (&o->tables) == -1 ? errno : 0;
+
+  /* What takes no place makes the file no longer, and so wants nothing. */
+  if (took_places && tables_reserve_refcounts (&o->tables) == -1)
+    return errno;
+  return 0;
 }
 
 /* Give a place to every slot that needs one, and set aside what an image will need
@@ -507,6 +514,7 @@ change_take_places (struct change *c)
 
   for (size_t i = 0; i < c->count; ++i)
     wanted += needs_place (&c->slots[i]);
+  const bool took_places = wanted > 0;
 
   for (size_t i = 0; i < c->count; ++i) {
     if (!needs_place (&c->slots[i]))
@@ -520,7 +528,7 @@ change_take_places (struct change *c)
     c->slots[i].place = place++;
     got--;
   }
-  return change_reserve_tables (c);
+  return change_reserve_tables (c, took_places);
 }
 
 /* Of the NR_PARTS pieces of memory, which lie one behind the other, those that
@@ -626,7 +634,10 @@ punch_blocks (const struct overlay *o, uint64_t place, uint32_t blocks)
 static void
 change_give_back (struct change *c)
 {
-  const struct overlay *o = c->o;
+  struct overlay *o = c->o;
+
+  if (c->nr_l2 > 0)
+    tables_cancel_l2 (&o->tables, c->nr_l2);
 
   /* From the last one down, so that the end of the file moves back. */
   for (size_t i = c->count; i-- > 0;) {
@@ -737,6 +748,11 @@ punch_slots (struct overlay *o, const struct slot_change *slots, size_t count,
   lock_stripes (o, stripes);
   pthread_rwlock_rdlock (&o->request_lock);
 
+  /* Once the overlay is closed, its file may have been saved, and be somebody
+   * else's.
+   */
+  if (o->closed)
+    count = 0;
   for (size_t i = 0; i < count; ++i) {
     const struct slot_pair pair = slot_load (map_find (&o->map, slots[i].nr));
     uint32_t unused = ~bitmap_allocated (pair.state) & piece;

@@ -225,7 +225,21 @@ finish_l2_tables (struct finish *f)
   return 0;
 }
 
-/* Take refcount blocks for all of the file, which they make longer. */
+/* Where the last cluster in use ends. */
+static uint64_t
+end_of_used (const struct finish *f)
+{
+  uint64_t i = f->used.nr_words;
+
+  while (i > 0 && f->used.words[i - 1] == 0)
+    i--;
+  if (i == 0)
+    return 0;
+  return (i * 64 - (unsigned) __builtin_clzll (f->used.words[i - 1]))
+         * f->s->geometry.cluster_size;
+}
+
+/* Take refcount blocks for all that is in use, also themselves. */
 static int
 take_refcount_blocks (struct finish *f)
 {
@@ -233,7 +247,7 @@ take_refcount_blocks (struct finish *f)
   const uint64_t per_block = qcow2_refcounts_per_block (g);
 
   while (f->nr_refcount_blocks * per_block * g->cluster_size
-         < store_end (f->s->store)) {
+         < end_of_used (f)) {
     uint64_t offset;
 
     if (f->nr_refcount_blocks == f->max_refcount_blocks) {
@@ -291,20 +305,6 @@ finish_head_table (struct finish *f, const uint64_t *table, uint64_t entries,
   return 0;
 }
 
-/* Where the last cluster in use ends. */
-static uint64_t
-end_of_used (const struct finish *f)
-{
-  uint64_t i = f->used.nr_words;
-
-  while (i > 0 && f->used.words[i - 1] == 0)
-    i--;
-  if (i == 0)
-    return 0;
-  return (i * 64 - (unsigned) __builtin_clzll (f->used.words[i - 1]))
-         * f->s->geometry.cluster_size;
-}
-
 static int
 finish_header (struct finish *f)
 {
@@ -337,22 +337,25 @@ finish_all (struct finish *f)
   const struct qcow2_geometry *g = &f->s->geometry;
   const struct tables *t = f->tables;
 
+  tables_take_again (f->tables);
   if (mark_bytes (f, 0, g->cluster_size) == -1
       || mark_bytes (f, t->l1_offset, g->l1_entries * 8) == -1
       || finish_l2_tables (f) == -1 || take_refcount_blocks (f) == -1
       || mark_bytes (f, t->reftable_offset, f->nr_refcount_blocks * 8) == -1)
     return -1;
 
-  tables_give_back (f->tables);
   if (finish_refcount_blocks (f) == -1
       || finish_head_table (f, f->l1, g->l1_entries, t->l1_offset) == -1
       || finish_head_table (f, f->reftable, f->nr_refcount_blocks,
                             t->reftable_offset)
            == -1
-      || writer_flush (&f->writer) == -1 || finish_header (f) == -1)
+      || writer_flush (&f->writer) == -1 || finish_header (f) == -1
+      || store_truncate (f->s->store,
+                         MAX (end_of_used (f), QCOW2_MIN_FILE_SIZE))
+           == -1)
     return -1;
-  return store_truncate (f->s->store,
-                         MAX (end_of_used (f), QCOW2_MIN_FILE_SIZE));
+  tables_give_back (f->tables);
+  return 0;
 }
 
 int

@@ -206,3 +206,12 @@ newfile_publish (struct newfile *file, const char *path,
   *step = NEWFILE_SYNC_DIRECTORY;
   return sync_directory (path);
 }
+
+int
+newfile_name_unsynced (struct newfile *file, const char *path)
+{
+  if (give_name (file, path, NEWFILE_IS_NEW) == -1)
+    return -1;
+  file->published = true;
+  return 0;
+}

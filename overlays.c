@@ -39,12 +39,12 @@ struct overlay_entry {
   char *name;              /* of the export; constant */
   struct overlay *overlay; /* constant */
   uint64_t users;          /* connections; guarded by the set's lock */
-  pthread_mutex_t lock;    /* held while it is loaded; guards state */
-  enum {
+  pthread_mutex_t lock;    /* held while it is loaded */
+  _Atomic enum entry_state {
     ENTRY_NEW,
     ENTRY_READY,  /* loaded, if there was something */
     ENTRY_FAILED, /* what is in it is of no use */
-  } state;
+  } state;        /* changes once, under lock */
 };
 
 struct overlays {
@@ -127,7 +127,8 @@ overlays_start (const struct overlays *s)
 {
   store_raise_file_limit ();
   store_ignore_file_size_signal ();
-  if (s->options.save && save_check_again (s->options.save) == -1)
+  if (s->options.save
+      && save_check_again (s->options.save, s->options.loads) == -1)
     return -1;
   if (store_check_dir (s->dir) == -1) {
     report_directory (s->dir);
@@ -322,6 +323,9 @@ static int
 load_entry (const struct overlays *s, struct overlay_entry *entry,
             const struct base *base)
 {
+  if (entry->state == ENTRY_READY)
+    return 0;
+
   LOCK_FOR_SCOPE (&entry->lock);
 
   if (entry->state == ENTRY_NEW)
@@ -347,8 +351,10 @@ overlays_get (struct overlays *s, const char *name, const struct base *base)
   }
 
   LOCK_FOR_SCOPE (&s->lock);
-  s->had_user = true;
-  s->size = base->size;
+  if (!s->ending) {
+    s->had_user = true;
+    s->size = base->size;
+  }
   return entry;
 }
 
@@ -425,21 +431,6 @@ begin_ending (struct overlays *s, struct entry_list *list)
   return 0;
 }
 
-/* Is there something in it that was acknowledged to a client?  Not while it is
- * loaded, for which this does not wait.
- */
-static bool
-is_ready (struct overlay_entry *entry)
-{
-  bool ready;
-
-  if (pthread_mutex_trylock (&entry->lock) != 0)
-    return false;
-  ready = entry->state == ENTRY_READY;
-  pthread_mutex_unlock (&entry->lock);
-  return ready;
-}
-
 static int
 save_one (struct overlays *s, const char *name, struct overlay *overlay)
 {
@@ -504,7 +495,7 @@ overlays_save (struct overlays *s)
    */
   for (uint64_t i = 0; i < list.count; ++i) {
     overlay_close (list.entries[i]->overlay);
-    if (is_ready (list.entries[i]))
+    if (list.entries[i]->state == ENTRY_READY)
       list.entries[count++] = list.entries[i];
   }
   list.count = count;

@@ -142,13 +142,24 @@ save_is_what_is_loaded (const struct save *s, const struct loads *loads)
 }
 
 int
-save_check_again (const struct save *s)
+save_check_again (const struct save *s, const struct loads *loads)
 {
-  if (!s->target->directory || store_check_dir (s->target->directory) == 0)
-    return 0;
-  nbdkit_error ("cow-save=%s: cannot make a file in %s: %m", s->target->name,
-                s->target->directory);
-  return -1;
+  const struct target *t = s->target;
+  CLEANUP_FREE char *why = NULL;
+  enum newfile_target what;
+  mode_t mode;
+
+  if (t->directory && store_check_dir (t->directory) == -1) {
+    nbdkit_error ("cow-save=%s: cannot make a file in %s: %m", t->name,
+                  t->directory);
+    return -1;
+  }
+  if (t->kind == TARGET_FILE
+      && target_check_file (t, loads, t->path, &what, &mode, &why) == -1) {
+    nbdkit_error ("cow-save=%s: %s", t->name, why ? why : "out of memory");
+    return -1;
+  }
+  return 0;
 }
 
 /*----------------------------------------------------------------------
@@ -399,20 +410,23 @@ save_to_file (struct job *j, const char *path)
  * errno.
  */
 static char *
-keep_file (const struct job *j, struct newfile *file, const char *dir)
+keep_file (const struct job *j, struct newfile *file, const char *dir,
+           bool synced)
 {
   CLEANUP_FREE char *name = names_of_export (j->export_name);
 
   for (unsigned i = 0; i < 100; ++i) {
     enum newfile_step step;
     char *path;
+    int r;
 
     if (asprintf (&path, "%s/cow-kept-%u-%u-%.200s", dir, (unsigned) getpid (),
                   i, name ? name : "export.qcow2")
         == -1)
       return NULL;
-    if (newfile_publish (file, path, NEWFILE_IS_NEW, 0600, &step) == 0
-        || file->published)
+    r = synced ? newfile_publish (file, path, NEWFILE_IS_NEW, 0600, &step)
+               : newfile_name_unsynced (file, path);
+    if (r == 0 || file->published)
       return path;
     free (path);
     if (errno != EEXIST)
@@ -431,7 +445,7 @@ keep_in_place (struct job *j)
 
   if (j->unsynced || finish_in_place (j) == -1)
     return NULL;
-  return keep_file (j, &store->file, store->dir);
+  return keep_file (j, &store->file, store->dir, true);
 }
 
 /* Keep a copy in the directory for temporary files. */
@@ -445,9 +459,18 @@ keep_copy (struct job *j)
       || newfile_make (&copy, j->s->temporary, NEWFILE_TO_PUBLISH) == -1)
     return NULL;
   if (copy_out (j, copy.fd, j->s->temporary) == 0)
-    path = keep_file (j, &copy, j->s->temporary);
+    path = keep_file (j, &copy, j->s->temporary, true);
   newfile_discard (&copy);
   return path;
+}
+
+/* Keep the overlay's own file after all. */
+static char *
+keep_unsynced (struct job *j)
+{
+  struct store *store = j->source.store;
+
+  return j->finished ? keep_file (j, &store->file, store->dir, false) : NULL;
 }
 
 static void
@@ -455,28 +478,34 @@ keep (struct job *j)
 {
   const char *name = j->s->target->name;
   CLEANUP_FREE char *failure = j->failure;
-  char *kept;
+  CLEANUP_FREE char *kept = NULL;
+  const char *what = "complete";
 
   j->failure = NULL;
+  if (!failure)
+    failure = strdup ("out of memory");
   if (j->published) {
     nbdkit_error ("cow-save=%s: %s; the diff is complete, but may not outlive "
                   "a crash of this machine",
-                  name, failure ? failure : "out of memory");
+                  name, failure);
     return;
   }
   kept = keep_in_place (j);
   if (!kept)
     kept = keep_copy (j);
+  if (!kept) {
+    kept = keep_unsynced (j);
+    what = "complete but perhaps damaged (it could not be synced)";
+  }
   if (kept)
-    nbdkit_error ("cow-save=%s: %s; the changes were kept, as a complete "
-                  "diff, in %s",
-                  name, failure ? failure : "out of memory", kept);
+    nbdkit_error ("cow-save=%s: %s; the changes were kept, as a %s diff, in "
+                  "%s",
+                  name, failure, what, kept);
   else
     nbdkit_error ("cow-save=%s: %s; the changes could not be kept elsewhere: "
                   "%s",
-                  name, failure ? failure : "out of memory",
+                  name, failure,
                   j->failure ? j->failure : "no directory takes them");
-  free (kept);
 }
 
 int

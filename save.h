@@ -42,10 +42,11 @@ extern const char *save_directory (const struct save *save);
 /* What is to become of overlays. */
 extern enum overlay_fate save_fate (const struct save *save);
 
-/* Can files still be made in the directory?  To be asked again when nbdkit has
- * become the user of option -u.  -1 if not, which was reported.
+/* Can the target still be written?  To be asked again when nbdkit has become the
+ * user of option -u.  -1 if not, which was reported.
  */
-extern int save_check_again (const struct save *save);
+extern int save_check_again (const struct save *save,
+                             const struct loads *loads);
 
 /* Is there a file for each export in which something was written?  Else there is
  * one image, of one export, in any case.

@@ -92,6 +92,19 @@ store_ignore_file_size_signal (void)
   }
 }
 
+/* How long a file can be: every byte has an offset that off_t can hold, and whole
+ * places lie within the limit of the process.
+ */
+static uint64_t
+file_size_limit (void)
+{
+  struct rlimit limit;
+
+  if (getrlimit (RLIMIT_FSIZE, &limit) == -1)
+    return INT64_MAX;
+  return MIN (limit.rlim_cur, INT64_MAX);
+}
+
 void
 store_init (struct store *store, const char *dir, enum newfile_use use,
             uint64_t place_size, uint64_t head)
@@ -100,6 +113,7 @@ store_init (struct store *store, const char *dir, enum newfile_use use,
   store->use = use;
   store->place_size = place_size;
   pthread_mutex_init (&store->lock, NULL);
+  store->end_limit = file_size_limit ();
   store->file = NEWFILE_NONE;
   store->next_place = head;
   store->free_runs = NULL;
@@ -159,9 +173,8 @@ store_take (struct store *store, uint64_t wanted, uint64_t *place)
     return count;
   }
 
-  /* Every byte of a place must have an offset that off_t can hold. */
-  const uint64_t last_place = INT64_MAX / store->place_size - 1;
-  if (store->next_place > last_place) {
+  const uint64_t last_place = store->end_limit / store->place_size - 1;
+  if (store->next_place > last_place || last_place == UINT64_MAX) {
     errno = EFBIG;
     return 0;
   }
@@ -170,6 +183,25 @@ store_take (struct store *store, uint64_t wanted, uint64_t *place)
   *place = store->next_place;
   store->next_place += count;
   return count;
+}
+
+/* Let the end of the file move back over places that were given back before.  Caller
+ * holds the lock.
+ */
+static void
+forget_free_places_at_end (struct store *store)
+{
+  for (size_t i = 0; i < store->nr_free_runs;) {
+    struct place_run *run = &store->free_runs[i];
+
+    if (run->first + run->count != store->next_place) {
+      i++;
+      continue;
+    }
+    store->next_place = run->first;
+    *run = store->free_runs[--store->nr_free_runs];
+    i = 0;
+  }
 }
 
 void
@@ -181,6 +213,7 @@ store_give_back (struct store *store, uint64_t place, uint64_t count)
 
   if (place + count == store->next_place) {
     store->next_place = place;
+    forget_free_places_at_end (store);
     return;
   }
   if (store->nr_free_runs == store->max_free_runs) {

@@ -26,9 +26,10 @@ struct place_run {
 };
 
 struct store {
-  const char *dir; /* constant, as are the next two */
+  const char *dir; /* constant, as are the next three */
   enum newfile_use use;
   uint64_t place_size;  /* in bytes */
+  uint64_t end_limit;   /* no place ends behind it */
   pthread_mutex_t lock; /* the allocator's lock; guards what follows */
   struct newfile file;  /* none until the first place is taken, then constant:
                           * whoever has a place may use it without the lock */

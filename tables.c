@@ -48,8 +48,8 @@ bytes_per_refcount_block (const struct qcow2_geometry *g)
   return qcow2_refcounts_per_block (g) * g->cluster_size;
 }
 
-/* Room for the refcount table of a file that holds all of the disk twice.  A
- * longer file has its refcount table elsewhere (image.c).
+/* Room for the refcount table of a file that holds all of the disk twice.  A longer
+ * one cannot be made into an image, and has to be copied.
  */
 static uint64_t
 reftable_room (const struct qcow2_geometry *g)
@@ -206,22 +206,47 @@ find_piece (const struct tables *t, uint64_t first, uint64_t end)
   };
 }
 
+/* Give back the last places as long as there is no space in them, so that those of
+ * the request that fails lie at the end of the file and move it back.  Caller holds
+ * the lock.
+ */
+static void
+drop_places_without_space (struct tables *t)
+{
+  const uint64_t per_place = t->store->place_size / t->geometry.cluster_size;
+
+  while (t->nr_clusters >= t->nr_with_space + per_place) {
+    struct place_run *last = &t->runs[t->nr_runs - 1];
+
+    last->count--;
+    store_give_back (t->store, last->first + last->count, 1);
+    t->nr_clusters -= per_place;
+    if (last->count == 0)
+      t->nr_runs--;
+  }
+}
+
 /* Have space for at least WANTED clusters.  Caller holds the lock. */
 static int
 have_space (struct tables *t, uint64_t wanted)
 {
   const uint64_t cluster = t->geometry.cluster_size;
+  int r = take_places (t, wanted);
 
-  if (take_places (t, wanted) == -1)
-    return -1;
-  while (t->nr_with_space < wanted) {
+  while (r == 0 && t->nr_with_space < wanted) {
     const struct piece p = find_piece (t, t->nr_with_space, wanted);
 
-    if (set_aside (t, p.offset, p.count * cluster) == -1)
-      return -1;
-    t->nr_with_space += p.count;
+    r = set_aside (t, p.offset, p.count * cluster);
+    if (r == 0)
+      t->nr_with_space += p.count;
   }
-  return 0;
+  if (r == -1) {
+    const int err = errno;
+
+    drop_places_without_space (t);
+    errno = err;
+  }
+  return r;
 }
 
 /* The refcount blocks of a file that ends at END, and one more, as places for
@@ -252,7 +277,8 @@ have_needed_space (struct tables *t)
     const uint64_t quarter = t->nr_with_space / 4 * cluster;
     const uint64_t advance
       = MIN (MAX (quarter, MIN_ADVANCE), MAX_ADVANCE) / cluster;
-    if (have_space (t, needed + advance) == -1)
+    if (have_space (t, needed + advance) == -1
+        && (advance == 0 || have_space (t, needed) == -1))
       return -1;
   }
 
@@ -323,6 +349,22 @@ tables_reserve_refcounts (struct tables *t)
   LOCK_FOR_SCOPE (&t->lock);
 
   return have_needed_space (t);
+}
+
+void
+tables_cancel_l2 (struct tables *t, uint64_t count)
+{
+  LOCK_FOR_SCOPE (&t->lock);
+
+  t->nr_l2 -= count;
+}
+
+void
+tables_take_again (struct tables *t)
+{
+  LOCK_FOR_SCOPE (&t->lock);
+
+  t->nr_used = 0;
 }
 
 int

@@ -65,9 +65,14 @@ extern int tables_reserve_l2 (struct tables *tables, uint64_t nr);
  */
 extern int tables_reserve_refcounts (struct tables *tables);
 
-/* Take the next cluster for a table, its offset in *OFFSET.  For the one who
- * saves, when nobody else changes the overlay any more.  -1 and errno.
+/* The requests that COUNT calls of tables_reserve_l2 were made for have failed. */
+extern void tables_cancel_l2 (struct tables *tables, uint64_t count);
+
+/* Take the next cluster for a table, its offset in *OFFSET; all over again after
+ * tables_take_again.  For the one who saves, when nobody else changes the overlay
+ * any more.  -1 and errno.
  */
+extern void tables_take_again (struct tables *tables);
 extern int tables_take (struct tables *tables, uint64_t *offset);
 
 /* Punch what was set aside and not taken.  As above. */

@@ -92,29 +92,35 @@ named_by_other (const struct target *t, const struct stat *st)
  * Files
  */
 
-/* Is there an image of this filter's making? */
-static bool
-is_ours (const char *path)
+/* Decode the header of a file.  -1 if it cannot be read; *IS_IMAGE tells whether it
+ * is one that this filter could load.
+ */
+static int
+read_header (const char *path, struct qcow2_header *header, bool *is_image)
 {
   CLEANUP_FREE char *buf = malloc (QCOW2_HEADER_BYTES);
   const int fd = open (path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
-  struct qcow2_header header;
   struct qcow2_fault fault;
   struct stat st;
   ssize_t length = -1;
 
+  *is_image = false;
   if (fd == -1)
-    return false;
+    return -1;
   if (buf && fstat (fd, &st) == 0)
     do
       length = pread (fd, buf, QCOW2_HEADER_BYTES, 0);
     while (length == -1 && errno == EINTR);
+
+  const int err = errno;
   close (fd);
-  return length > 0
-         && qcow2_decode_header (buf, (size_t) length, (uint64_t) st.st_size,
-                                 &header, &fault)
-              == 0
-         && header.ours;
+  errno = err;
+  if (length == -1)
+    return -1;
+  *is_image = qcow2_decode_header (buf, (size_t) length, (uint64_t) st.st_size,
+                                   header, &fault)
+              == 0;
+  return 0;
 }
 
 static int
@@ -123,6 +129,60 @@ say_why (char **why, const char *path, const char *what, const char *more)
   if (asprintf (why, "%s %s%s", path, what, more) == -1)
     *why = NULL;
   return -1;
+}
+
+/* In a sticky directory only its owner and that of the file may replace it. */
+static bool
+is_protected (const struct target *t, const struct stat *st)
+{
+  const uid_t me = geteuid ();
+  struct stat dir;
+
+  return me != 0 && st->st_uid != me && t->directory
+         && stat (t->directory, &dir) == 0 && (dir.st_mode & S_ISVTX)
+         && dir.st_uid != me;
+}
+
+/* May the file PATH, which is there, be replaced?  As below. */
+static int
+check_existing (const struct target *t, const struct loads *loads,
+                const char *path, const struct stat *st, char **why)
+{
+  const char *other = named_by_other (t, st);
+  struct qcow2_header header;
+  bool is_image;
+
+  if (other)
+    return say_why (why, path,
+                    "must not be overwritten; name another file: it is also "
+                    "that of the parameter ",
+                    other);
+  if (!S_ISREG (st->st_mode))
+    return say_why (why, path,
+                    "exists and is no regular file; move it away, or name "
+                    "another one",
+                    "");
+  if (is_protected (t, st))
+    return say_why (why, path,
+                    "belongs to another user, and its directory lets only "
+                    "that one replace it; name another file",
+                    "");
+  if (read_header (path, &header, &is_image) == -1)
+    return say_why (why, path,
+                    "cannot be read, so as to see whether it may be "
+                    "replaced: ",
+                    strerror (errno));
+  if (!is_image || (!header.ours && !loads_has (loads, path)))
+    return say_why (why, path,
+                    "exists and is not a diff that this filter made; move it "
+                    "away, or name another file",
+                    "");
+  if (header.nr_snapshots > 0)
+    return say_why (why, path,
+                    "has internal snapshots, which would be lost; name "
+                    "another file, or delete them with qemu-img snapshot -d",
+                    "");
+  return 0;
 }
 
 int
@@ -139,26 +199,9 @@ target_check_file (const struct target *t, const struct loads *loads,
     *mode = t->new_mode;
     return 0;
   }
-
-  const char *other = named_by_other (t, &st);
-  if (other)
-    return say_why (why, path,
-                    "must not be overwritten; name another file: it "
-                    "is also that of the parameter ",
-                    other);
-  if (!S_ISREG (st.st_mode))
-    return say_why (why, path,
-                    "exists and is no regular file; move it away, or name "
-                    "another one",
-                    "");
-  if (!loads_has (loads, path) && !is_ours (path))
-    return say_why (why, path,
-                    "exists and is not a diff that this filter made; move it "
-                    "away, or name another file",
-                    "");
   *what = NEWFILE_REPLACES;
   *mode = st.st_mode & 0777;
-  return 0;
+  return check_existing (t, loads, path, &st, why);
 }
 
 static int
@@ -174,10 +217,20 @@ check_directory (const struct target *t)
 static int
 use_directory (struct target *t)
 {
+  struct stat st;
+
   t->kind = TARGET_DIRECTORY;
   t->directory = realpath (t->name, NULL);
-  if (!t->directory)
+  if (!t->directory || stat (t->directory, &st) == -1)
     return refuse_errno (t, "cannot use the directory");
+
+  const char *other = named_by_other (t, &st);
+  if (other) {
+    nbdkit_error ("cow-save=%s: files of the base are in this directory; name "
+                  "another one: it is also that of the parameter %s",
+                  t->name, other);
+    return -1;
+  }
   return check_directory (t);
 }
 

@@ -332,6 +332,7 @@ nbdkit_refuses ()
 {
     local word=$1 status=0
     shift
+    rm -f "$tmp/refused.sock" # left behind by one that was refused late
     # shellcheck disable=SC2086
     timeout -k 5 60 ${under[@]+"${under[@]}"} $TEST_WRAPPER "$NBDKIT" \
         -f -U "$tmp/refused.sock" "$@" </dev/null >"$tmp/refused" 2>&1 || status=$?
