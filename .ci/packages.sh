@@ -17,7 +17,7 @@ packages_to_test="$packages_to_demonstrate
 # What is only asked of each change, in .ci/run: other programs that read images
 # or take streams, and what a guest needs besides its kernel.
 packages_to_check="clang clang-format clang-tidy libclang-rt-dev valgrind
-    7zip busybox-static kmod libqcow-utils python3-libqcow"
+    7zip busybox-static kmod libqcow-utils python3-libqcow spin"
 
 # install_packages PACKAGE...: installs those that are missing, and says so.
 # Fails, with the command to type, for who is not root and has no sudo.
