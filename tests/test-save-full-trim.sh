@@ -51,8 +51,7 @@ with open(tmp + "/shown", "wb") as f:
             f.seek(o)
             f.write(piece)
 END
-    kill -TERM "$pid"
-    nbdkit_ended
+    end_nbdkit TERM
     truncate -s 1G "$tmp/zeroes"
     diff_is "$tmp/t/diff" "$tmp/zeroes" "$tmp/shown"
 done
