@@ -101,6 +101,7 @@ writer_append (struct writer *w, size_t count, uint64_t offset)
 struct used {
   uint64_t *words;
   uint64_t nr_words;
+  uint64_t end; /* of the last one in use, in clusters */
 };
 
 static int
@@ -120,6 +121,7 @@ mark_used (struct used *u, uint64_t first, uint64_t count)
   }
   for (uint64_t i = first; i < first + count; ++i)
     u->words[i / 64] |= UINT64_C (1) << i % 64;
+  u->end = MAX (u->end, first + count);
   return 0;
 }
 
@@ -229,14 +231,7 @@ finish_l2_tables (struct finish *f)
 static uint64_t
 end_of_used (const struct finish *f)
 {
-  uint64_t i = f->used.nr_words;
-
-  while (i > 0 && f->used.words[i - 1] == 0)
-    i--;
-  if (i == 0)
-    return 0;
-  return (i * 64 - (unsigned) __builtin_clzll (f->used.words[i - 1]))
-         * f->s->geometry.cluster_size;
+  return f->used.end * f->s->geometry.cluster_size;
 }
 
 /* Take refcount blocks for all that is in use, also themselves. */

@@ -210,6 +210,9 @@ newfile_publish (struct newfile *file, const char *path,
 int
 newfile_name_unsynced (struct newfile *file, const char *path)
 {
+  /* As above; and it may have got another one already. */
+  if (fchmod (file->fd, 0600) == -1)
+    errno = 0;
   if (give_name (file, path, NEWFILE_IS_NEW) == -1)
     return -1;
   file->published = true;

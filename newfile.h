@@ -62,8 +62,8 @@ extern int newfile_publish (struct newfile *file, const char *path,
                             enum newfile_target target, mode_t mode,
                             enum newfile_step *step);
 
-/* Give a file that could not be synced the name PATH, which nothing has yet: better
- * than to lose it.  -1 and errno.
+/* Give a file that could not be synced the name PATH, which nothing has yet, and mode
+ * 0600: better than to lose it.  -1 and errno.
  */
 extern int newfile_name_unsynced (struct newfile *file, const char *path);
 

@@ -513,7 +513,8 @@ overlays_save (struct overlays *s)
 bool
 overlays_want_base (const struct overlays *s)
 {
-  return s->options.save && !s->saved && !save_is_per_export (s->options.save)
+  return s->options.save && !s->saved && !s->had_user
+         && !save_is_per_export (s->options.save)
          && !(s->options.loads
               && save_is_what_is_loaded (s->options.save, s->options.loads));
 }
@@ -521,16 +522,19 @@ overlays_want_base (const struct overlays *s)
 int
 overlays_save_base (struct overlays *s, const struct base *base)
 {
-  struct overlay_entry *entry;
+  struct overlay_entry *entry = new_entry (s, "", base->size);
   int r = -1;
 
-  s->ending = false;
-  entry = overlays_get (s, "", base);
-  s->ending = true;
-  if (!entry)
+  if (!entry) {
+    nbdkit_error ("cow-save=%s: cannot make an image of a disk of %" PRIu64
+                  " bytes: %m",
+                  save_name (s->options.save), base->size);
     return -1;
-  overlay_close (entry->overlay);
-  r = save_one (s, "", entry->overlay);
-  overlays_put (s, entry);
+  }
+  if (load_entry (s, entry, base) == 0) {
+    overlay_close (entry->overlay);
+    r = save_one (s, "", entry->overlay);
+  }
+  free_entry (entry);
   return r;
 }

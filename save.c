@@ -7,8 +7,9 @@
  * cow-save-compact, copy the image in the order of the disk.
  *
  * What cannot be saved where it should be is kept elsewhere as a complete image:
- * in the overlay's own file, under another name in its directory, or if that fails
- * too, as a copy in the directory for temporary files.
+ * in the overlay's own file, under another name in its directory; if that fails
+ * too, as a copy in the directory for temporary files; and if there is no room for
+ * one, in the overlay's own file all the same, though it could not be synced.
  *
  * Nothing here asks the base for anything, and nothing waits for a client.
  */
@@ -477,13 +478,12 @@ static void
 keep (struct job *j)
 {
   const char *name = j->s->target->name;
-  CLEANUP_FREE char *failure = j->failure;
+  CLEANUP_FREE char *first = j->failure;
   CLEANUP_FREE char *kept = NULL;
+  const char *failure = first ? first : "out of memory";
   const char *what = "complete";
 
   j->failure = NULL;
-  if (!failure)
-    failure = strdup ("out of memory");
   if (j->published) {
     nbdkit_error ("cow-save=%s: %s; the diff is complete, but may not outlive "
                   "a crash of this machine",

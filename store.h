@@ -33,7 +33,7 @@ struct store {
   pthread_mutex_t lock; /* the allocator's lock; guards what follows */
   struct newfile file;  /* none until the first place is taken, then constant:
                           * whoever has a place may use it without the lock */
-  uint64_t next_place;  /* the first one that was never given out */
+  uint64_t next_place;  /* behind the last one that is given out */
   struct place_run *free_runs;
   size_t nr_free_runs, max_free_runs;
 };

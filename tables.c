@@ -258,11 +258,11 @@ refcount_blocks (const struct tables *t, uint64_t end)
   return end / bytes_per_refcount_block (&t->geometry) + 2;
 }
 
-/* Have space for what is known to be needed, and something in advance.  Caller
+/* Have space for what is known to be needed now, and something in advance.  Caller
  * holds the lock.
  */
 static int
-have_needed_space (struct tables *t)
+have_space_for_now (struct tables *t)
 {
   const uint64_t cluster = t->geometry.cluster_size;
   uint64_t nr_blocks;
@@ -293,6 +293,21 @@ have_needed_space (struct tables *t)
   }
   atomic_store (&t->covered,
                 (nr_blocks - 1) * bytes_per_refcount_block (&t->geometry));
+  return 0;
+}
+
+/* The same.  Meanwhile others have perhaps taken places without waiting for the lock,
+ * as `covered' said that there was enough for them: what it was, not what it became.
+ * They take first and look at it then, this stores it first and looks at the end of
+ * the file then, so that one of them sees the other.
+ */
+static int
+have_needed_space (struct tables *t)
+{
+  do
+    if (have_space_for_now (t) == -1)
+      return -1;
+  while (store_end (t->store) > atomic_load (&t->covered));
   return 0;
 }
 
@@ -354,6 +369,9 @@ tables_reserve_refcounts (struct tables *t)
 void
 tables_cancel_l2 (struct tables *t, uint64_t count)
 {
+  if (t->space == TABLES_UNPLANNED)
+    return;
+
   LOCK_FOR_SCOPE (&t->lock);
 
   t->nr_l2 -= count;

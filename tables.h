@@ -34,7 +34,7 @@ struct tables {
   uint64_t reftable_room; /* bytes of the head for the refcount table */
 
   _Atomic uint64_t covered; /* a file of this length has its refcount blocks;
-                             * grows only, and only under the lock */
+                             * changes only under the lock */
   pthread_mutex_t lock;     /* taken before the store's; guards what follows */
   uint64_t nr_l2;           /* L2 tables asked for */
   uint64_t *l1_pages;       /* bitmap: pages of the L1 table with space */

@@ -207,6 +207,18 @@ target_check_file (const struct target *t, const struct loads *loads,
 static int
 check_directory (const struct target *t)
 {
+  struct stat st;
+
+  if (stat (t->directory, &st) == -1)
+    return refuse_errno (t, "cannot use the directory");
+
+  const char *other = named_by_other (t, &st);
+  if (other) {
+    nbdkit_error ("cow-save=%s: files of the base are in this directory; name "
+                  "another one: it is also that of the parameter %s",
+                  t->name, other);
+    return -1;
+  }
   if (store_check_dir (t->directory) == 0)
     return 0;
   nbdkit_error ("cow-save=%s: cannot make a file in %s: %m", t->name,
@@ -217,20 +229,10 @@ check_directory (const struct target *t)
 static int
 use_directory (struct target *t)
 {
-  struct stat st;
-
   t->kind = TARGET_DIRECTORY;
   t->directory = realpath (t->name, NULL);
-  if (!t->directory || stat (t->directory, &st) == -1)
+  if (!t->directory)
     return refuse_errno (t, "cannot use the directory");
-
-  const char *other = named_by_other (t, &st);
-  if (other) {
-    nbdkit_error ("cow-save=%s: files of the base are in this directory; name "
-                  "another one: it is also that of the parameter %s",
-                  t->name, other);
-    return -1;
-  }
   return check_directory (t);
 }
 

@@ -18,6 +18,17 @@ nbdkit_refuses "files of the base" --filter="$FILTER" file dir="$tmp/disks" \
 nbdkit_refuses "dir=$tmp/disks" --filter="$FILTER" file dir="$tmp/disks" \
     cow-save="$tmp/disks"
 
+# One that is a diff of this filter's making, and would be replaced elsewhere.
+start_nbdkit file "$tmp/base" cow-save="$tmp/ours"
+stop_nbdkit
+cp "$tmp/ours" "$tmp/disks/x.qcow2"
+for name in x.qcow2 new; do
+    nbdkit_refuses "files of the base" --filter="$FILTER" file dir="$tmp/disks" \
+        cow-save="$tmp/disks/$name"
+done
+[ "$(ls "$tmp/disks")" = x.qcow2 ] || die "something was left behind"
+cmp "$tmp/disks/x.qcow2" "$tmp/ours"
+
 # Internal snapshots are ignored when an image is loaded, and so would be gone.
 for with in "cow-load=$tmp/diff" cow-detect-zeroes=false; do
     rm -f "$tmp/diff"
