@@ -400,9 +400,7 @@ struct entry_list {
   uint64_t count;
 };
 
-/* tdelete and twalk have no argument of ours in POSIX; twalk_r is in glibc >= 2.30
- * and musl >= 1.2.
- */
+/* Called for each of them (twalk_r, in glibc since 2.30). */
 static void
 add_to_list (const void *node, VISIT which, void *list_)
 {
