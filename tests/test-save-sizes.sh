@@ -24,8 +24,9 @@ save ()
 check_size ()
 {
     local rounded=$((($1 + 511) / 512 * 512)) said
-    said=$(qemu-img info --output=json "$tmp/diff" | grep -m 1 '"virtual-size"')
-    [[ $said =~ :\ $rounded, ]] || die "size $1: the diff has $said"
+    # Newer ones tell more of what lies below, indented.
+    said=$(qemu-img info -f qcow2 "$tmp/diff" | grep '^virtual size:')
+    [[ $said == *"($rounded bytes)" ]] || die "size $1: the diff has $said"
 }
 
 for size in 1 512 777 4097 131073 16777729; do
