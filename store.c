@@ -16,8 +16,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/fs.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -114,17 +118,19 @@ store_init (struct store *store, const char *dir, enum newfile_use use,
   store->place_size = place_size;
   pthread_mutex_init (&store->lock, NULL);
   store->end_limit = file_size_limit ();
+  atomic_init (&store->no_clone, false);
   store->file = NEWFILE_NONE;
   store->next_place = head;
-  store->free_runs = NULL;
-  store->nr_free_runs = store->max_free_runs = 0;
+  store->free_words = NULL;
+  store->nr_free_words = 0;
+  store->nr_free = store->first_free = 0;
 }
 
 void
 store_destroy (struct store *store)
 {
   newfile_discard (&store->file);
-  free (store->free_runs);
+  free (store->free_words);
   pthread_mutex_destroy (&store->lock);
 }
 
@@ -153,6 +159,38 @@ store_end (struct store *store)
   return store->next_place * store->place_size;
 }
 
+/* Was the place given back?  Caller holds the lock. */
+static bool
+is_free (const struct store *store, uint64_t place)
+{
+  return place / 64 < store->nr_free_words
+         && (store->free_words[place / 64] >> place % 64 & 1);
+}
+
+static void
+clear_free (struct store *store, uint64_t place)
+{
+  store->free_words[place / 64] &= ~(UINT64_C (1) << place % 64);
+  store->nr_free--;
+}
+
+/* Take up to WANTED consecutive places from those that were given back, the first
+ * ones of the file.  Caller holds the lock, and there are some.
+ */
+static uint64_t
+take_free (struct store *store, uint64_t wanted, uint64_t *place)
+{
+  uint64_t i = store->first_free, count = 0;
+
+  while (!is_free (store, i))
+    i = store->free_words[i / 64] >> i % 64 == 0 ? (i / 64 + 1) * 64 : i + 1;
+  *place = i;
+  for (; count < wanted && is_free (store, i); ++i, ++count)
+    clear_free (store, i);
+  store->first_free = i;
+  return count;
+}
+
 uint64_t
 store_take (struct store *store, uint64_t wanted, uint64_t *place)
 {
@@ -161,17 +199,8 @@ store_take (struct store *store, uint64_t wanted, uint64_t *place)
   if (make_file (store) == -1)
     return 0;
 
-  if (store->nr_free_runs > 0) {
-    struct place_run *run = &store->free_runs[store->nr_free_runs - 1];
-    const uint64_t count = MIN (run->count, wanted);
-
-    *place = run->first;
-    run->first += count;
-    run->count -= count;
-    if (run->count == 0)
-      store->nr_free_runs--;
-    return count;
-  }
+  if (store->nr_free > 0)
+    return take_free (store, wanted, place);
 
   const uint64_t last_place = store->end_limit / store->place_size - 1;
   if (store->next_place > last_place || last_place == UINT64_MAX) {
@@ -185,22 +214,37 @@ store_take (struct store *store, uint64_t wanted, uint64_t *place)
   return count;
 }
 
+/* Make room in the bitmap for places before END.  Caller holds the lock.  -1 and
+ * ENOMEM.
+ */
+static int
+grow_free_words (struct store *store, uint64_t end)
+{
+  const size_t needed = (size_t) ((end - 1) / 64 + 1);
+
+  if (needed <= store->nr_free_words)
+    return 0;
+
+  const size_t nr = needed + needed / 2;
+  uint64_t *words = realloc (store->free_words, nr * sizeof *words);
+  if (!words)
+    return -1;
+  memset (words + store->nr_free_words, 0,
+          (nr - store->nr_free_words) * sizeof *words);
+  store->free_words = words;
+  store->nr_free_words = nr;
+  return 0;
+}
+
 /* Let the end of the file move back over places that were given back before.  Caller
  * holds the lock.
  */
 static void
 forget_free_places_at_end (struct store *store)
 {
-  for (size_t i = 0; i < store->nr_free_runs;) {
-    struct place_run *run = &store->free_runs[i];
-
-    if (run->first + run->count != store->next_place) {
-      i++;
-      continue;
-    }
-    store->next_place = run->first;
-    *run = store->free_runs[--store->nr_free_runs];
-    i = 0;
+  while (store->nr_free > 0 && is_free (store, store->next_place - 1)) {
+    store->next_place--;
+    clear_free (store, store->next_place);
   }
 }
 
@@ -216,21 +260,16 @@ store_give_back (struct store *store, uint64_t place, uint64_t count)
     forget_free_places_at_end (store);
     return;
   }
-  if (store->nr_free_runs == store->max_free_runs) {
-    const size_t max = store->max_free_runs ? 2 * store->max_free_runs : 16;
-    struct place_run *runs
-      = realloc (store->free_runs, max * sizeof *store->free_runs);
 
-    /* Without memory to remember them, these places are not used again.  They
-     * were punched: what is lost is a range of file offsets, no space.
-     */
-    if (!runs)
-      return;
-    store->free_runs = runs;
-    store->max_free_runs = max;
-  }
-  store->free_runs[store->nr_free_runs++]
-    = (struct place_run) { .first = place, .count = count };
+  /* Without memory to remember them, these places are not used again.  They were
+   * punched: what is lost is a range of file offsets, no space.
+   */
+  if (grow_free_words (store, place + count) == -1)
+    return;
+  for (uint64_t i = place; i < place + count; ++i)
+    store->free_words[i / 64] |= UINT64_C (1) << i % 64;
+  store->nr_free += count;
+  store->first_free = MIN (store->first_free, place);
 }
 
 int
@@ -288,6 +327,50 @@ store_writev (const struct store *store, struct iovec *iov, int nr_iov,
       r -= (ssize_t) n;
     }
   }
+}
+
+/* True if the file system shares the bytes of a range with another one. */
+static bool
+clone_range (struct store *store, uint64_t from, uint64_t to, uint64_t count)
+{
+  struct file_clone_range range = {
+    .src_fd = store->file.fd,
+    .src_offset = from,
+    .src_length = count,
+    .dest_offset = to,
+  };
+
+  if (atomic_load_explicit (&store->no_clone, memory_order_relaxed))
+    return false;
+  if (ioctl (store->file.fd, FICLONERANGE, &range) == 0)
+    return true;
+
+  /* ENOSPC and the like say nothing of the next time. */
+  if (errno == EOPNOTSUPP || errno == ENOTTY || errno == EINVAL
+      || errno == ENOSYS)
+    atomic_store_explicit (&store->no_clone, true, memory_order_relaxed);
+  return false;
+}
+
+int
+store_copy (struct store *store, uint64_t from, uint64_t to, uint64_t count)
+{
+  char buf[64 << 10];
+
+  if (clone_range (store, from, to, count))
+    return 0;
+  while (count > 0) {
+    const size_t n = MIN (count, sizeof buf);
+    struct iovec iov = { .iov_base = buf, .iov_len = n };
+
+    if (store_read (store, buf, n, from) == -1
+        || store_writev (store, &iov, 1, to) == -1)
+      return -1;
+    from += n;
+    to += n;
+    count -= n;
+  }
+  return 0;
 }
 
 void

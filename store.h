@@ -12,6 +12,7 @@
 #define COW_STORE_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -19,7 +20,7 @@
 
 #include "newfile.h"
 
-/* Consecutive places that were given back. */
+/* Consecutive places. */
 struct place_run {
   uint64_t first;
   uint64_t count;
@@ -30,12 +31,15 @@ struct store {
   enum newfile_use use;
   uint64_t place_size;  /* in bytes */
   uint64_t end_limit;   /* no place ends behind it */
+  atomic_bool no_clone; /* the file system cannot share ranges of a file */
   pthread_mutex_t lock; /* the allocator's lock; guards what follows */
   struct newfile file;  /* none until the first place is taken, then constant:
                           * whoever has a place may use it without the lock */
   uint64_t next_place;  /* behind the last one that is given out */
-  struct place_run *free_runs;
-  size_t nr_free_runs, max_free_runs;
+  uint64_t *free_words; /* bitmap of the places that were given back */
+  size_t nr_free_words;
+  uint64_t nr_free;    /* bits in it */
+  uint64_t first_free; /* no place before this one has its bit set */
 };
 
 /* The directory for overlay files, $TMPDIR or else /var/tmp, as an absolute
@@ -80,8 +84,8 @@ extern uint64_t store_end (struct store *store);
 extern uint64_t store_take (struct store *store, uint64_t wanted,
                             uint64_t *place);
 
-/* Give back COUNT consecutive places, of which the map and all requests know
- * nothing any more.  Their bytes are punched.
+/* Give back COUNT consecutive places, of which maps and requests know nothing any
+ * more.  Their bytes are punched, before anybody else can take them.
  */
 extern void store_give_back (struct store *store, uint64_t place,
                              uint64_t count);
@@ -100,6 +104,12 @@ extern int store_writev (const struct store *store, struct iovec *iov,
  */
 extern void store_punch (const struct store *store, uint64_t offset,
                          uint64_t count);
+
+/* Copy COUNT bytes at offset FROM of the file to offset TO, in a place that was taken;
+ * where the file system can share them, it does.  -1 and errno.
+ */
+extern int store_copy (struct store *store, uint64_t from, uint64_t to,
+                       uint64_t count);
 
 /* Set space aside for a range of the head or of a place that was taken, so that
  * writing there cannot fail for want of it.  What is there stays.  -1 and errno;

@@ -107,18 +107,60 @@ places_given_back_are_given_out_again (void **state)
   assert_int_equal (store_take (&store, 10, &place), 10);
   store_give_back (&store, 3, 2);
   store_give_back (&store, 7, 1);
-  assert_int_equal (store_take (&store, 5, &place), 1);
-  assert_int_equal (place, 7);
-  assert_int_equal (store_take (&store, 1, &place), 1);
+  /* The first ones of the file first, in runs. */
+  assert_int_equal (store_take (&store, 5, &place), 2);
   assert_int_equal (place, 3);
   assert_int_equal (store_take (&store, 1, &place), 1);
-  assert_int_equal (place, 4);
+  assert_int_equal (place, 7);
   assert_int_equal (store_take (&store, 1, &place), 1);
   assert_int_equal (place, 11);
   /* The last one: the end moves back. */
   store_give_back (&store, 11, 1);
   assert_int_equal (store_take (&store, 4, &place), 4);
   assert_int_equal (place, 11);
+}
+
+/* Behind many others too, and the end moves back over all that are free. */
+static void
+many_places_given_back (void **state)
+{
+  const uint64_t nr = 1000;
+  uint64_t place;
+
+  (void) state;
+  assert_int_equal (store_take (&store, nr, &place), nr);
+  for (uint64_t i = 1; i < nr; i += 2)
+    store_give_back (&store, place + i - 1, 1);
+  for (uint64_t i = 1; i < nr; i += 2) {
+    assert_int_equal (store_take (&store, nr, &place), 1);
+    assert_int_equal (place, i);
+  }
+  for (uint64_t i = 1; i < nr; ++i)
+    store_give_back (&store, i, 1);
+  assert_int_equal (store_end (&store), (nr + 1) * PLACE);
+  store_give_back (&store, nr, 1);
+  assert_int_equal (store_end (&store), PLACE);
+}
+
+static void
+copied_bytes (void **state)
+{
+  static char bytes[PLACE], copy[PLACE];
+  uint64_t place;
+
+  (void) state;
+  for (size_t i = 0; i < sizeof bytes; ++i)
+    bytes[i] = (char) (i / 3);
+  assert_int_equal (store_take (&store, 2, &place), 2);
+  write_bytes (bytes, sizeof bytes, PLACE);
+  short_transfers = true;
+  assert_int_equal (store_copy (&store, PLACE, 2 * PLACE, PLACE), 0);
+  short_transfers = false;
+  assert_int_equal (store_read (&store, copy, PLACE, 2 * PLACE), 0);
+  assert_memory_equal (copy, bytes, PLACE);
+  fail_calls_from (1, ENOSPC);
+  assert_int_equal (store_copy (&store, PLACE, 2 * PLACE, PLACE), -1);
+  assert_int_equal (call_has_failed (), ENOSPC);
 }
 
 static void
@@ -267,6 +309,8 @@ main (void)
     WITH_STORE (file_without_tmpfile),
     WITH_STORE (places_come_in_order),
     WITH_STORE (places_given_back_are_given_out_again),
+    WITH_STORE (many_places_given_back),
+    WITH_STORE (copied_bytes),
     WITH_STORE (giving_back_without_memory),
     WITH_STORE (given_back_means_punched),
     WITH_STORE (no_place_beyond_the_longest_file),
