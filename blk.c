@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Block operations on an overlay.
+/* Block operations on an overlay (overlay.h has the object itself).
  *
  * A disk is cut into blocks, 32 of them are a slot.  The map says of each slot
  * where its bytes lie in the overlay file (its place) and in which state each
@@ -26,6 +26,10 @@
  *  7 one hold of the request lock    change_begin .. change_end
  *  8 one block, one read             edges_read, find_run
  *
+ * A slot whose place a frozen map has too is not written to there: it gets a fresh
+ * place, and what of the old one it still needs is brought along (change_bring), in
+ * the same hold in which "shared" was looked at.
+ *
  * Locks, in the order in which they are taken: slot locks (stripes by slot
  * number, ascending), the request lock (shared), a map node's lock or
  * the store's lock.  No slot lock is waited for while the request lock is held.
@@ -45,169 +49,6 @@
 #include "blk.h"
 #include "cleanup.h"
 #include "debug.h"
-#include "map.h"
-#include "store.h"
-#include "tables.h"
-
-/* As many as a word has bits.  (The deadlock detector of gcc's thread sanitizer
- * breaks down where a thread holds more than 64 locks of any kind.)
- */
-#ifndef __SANITIZE_THREAD__
-#define NR_STRIPES 64
-#else
-#define NR_STRIPES 32
-#endif
-
-/* As much of the file is punched with locks held. */
-#define PUNCH_BYTES (16u << 20)
-
-struct overlay {
-  uint64_t size;        /* of the disk, in bytes; constant */
-  unsigned block_shift; /* log2 of the block size; constant */
-  unsigned slot_shift;  /* log2 of the slot size; constant */
-  bool detect_zeroes;   /* constant */
-  bool has_tables;      /* constant */
-  struct tables tables; /* if has_tables: for its image; has its own lock */
-  atomic_bool changed;  /* set before the first change of a slot */
-  bool closed;          /* nothing changes any more; set under the exclusive
-                            * request lock */
-  struct map map;       /* looked at under the request lock; slots are
-                            * changed under their slot lock too */
-  struct store store;   /* has its own lock */
-  pthread_rwlock_t request_lock;
-  pthread_mutex_t slot_locks[NR_STRIPES];
-};
-
-static uint64_t
-block_size (const struct overlay *o)
-{
-  return UINT64_C (1) << o->block_shift;
-}
-
-static uint64_t
-slot_size (const struct overlay *o)
-{
-  return UINT64_C (1) << o->slot_shift;
-}
-
-/* Make the store, and if there is going to be an image, lay its file out for
- * that.  0 or an errno value.
- */
-static int
-init_store (struct overlay *o, const struct overlay_options *options)
-{
-  struct qcow2_geometry g;
-
-  if (options->fate == OVERLAY_THROWN_AWAY) {
-    store_init (&o->store, options->dir, NEWFILE_ANONYMOUS, slot_size (o), 1);
-    return 0;
-  }
-
-  if (qcow2_geometry_init (&g, o->size, options->block_size, options->format)
-      == -1)
-    return EFBIG;
-  if (tables_init (&o->tables, &g, &o->store,
-                   options->fate == OVERLAY_SAVED_IN_PLACE ? TABLES_SET_ASIDE
-                                                           : TABLES_UNPLANNED)
-      == -1)
-    return ENOMEM;
-  o->has_tables = true;
-  store_init (&o->store, options->dir, NEWFILE_TO_PUBLISH, slot_size (o),
-              ROUND_UP (tables_head_size (&g), slot_size (o))
-                >> o->slot_shift);
-  return 0;
-}
-
-struct overlay *
-overlay_new (uint64_t size, const struct overlay_options *options)
-{
-  struct overlay *o = calloc (1, sizeof *o);
-  pthread_rwlockattr_t attr;
-  int err;
-
-  if (!o)
-    return NULL;
-  o->size = size;
-  o->block_shift = (unsigned) __builtin_ctz (options->block_size);
-  o->slot_shift = o->block_shift + (unsigned) __builtin_ctz (SLOT_BLOCKS);
-  o->detect_zeroes = options->detect_zeroes;
-  atomic_init (&o->changed, false);
-  err = init_store (o, options);
-  if (err) {
-    free (o);
-    errno = err;
-    return NULL;
-  }
-  map_init (&o->map, (size >> o->slot_shift) + (size % slot_size (o) > 0));
-
-  /* The default kind lets a stream of readers starve the one who wants the
-   * lock for itself.
-   */
-  pthread_rwlockattr_init (&attr);
-  pthread_rwlockattr_setkind_np (&attr,
-                                 PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-  pthread_rwlock_init (&o->request_lock, &attr);
-  pthread_rwlockattr_destroy (&attr);
-  for (unsigned i = 0; i < NR_STRIPES; ++i)
-    pthread_mutex_init (&o->slot_locks[i], NULL);
-  return o;
-}
-
-void
-overlay_free (struct overlay *o)
-{
-  if (!o)
-    return;
-  for (unsigned i = 0; i < NR_STRIPES; ++i)
-    pthread_mutex_destroy (&o->slot_locks[i]);
-  pthread_rwlock_destroy (&o->request_lock);
-  map_destroy (&o->map);
-  store_destroy (&o->store);
-  if (o->has_tables)
-    tables_destroy (&o->tables);
-  free (o);
-}
-
-void
-overlay_close (struct overlay *o)
-{
-  /* Rule 7: whoever changes something does so in one hold of the request lock, and
-   * so has done all of it by now, or will find this.
-   */
-  pthread_rwlock_wrlock (&o->request_lock);
-  o->closed = true;
-  pthread_rwlock_unlock (&o->request_lock);
-}
-
-const struct map *
-overlay_map (const struct overlay *o)
-{
-  return &o->map;
-}
-
-struct store *
-overlay_store (struct overlay *o)
-{
-  return &o->store;
-}
-
-struct tables *
-overlay_tables (struct overlay *o)
-{
-  return &o->tables;
-}
-
-uint64_t
-overlay_size (const struct overlay *o)
-{
-  return o->size;
-}
-
-bool
-overlay_is_changed (const struct overlay *o)
-{
-  return atomic_load (&o->changed);
-}
 
 /* Where the byte at OFFSET of the disk lies in the file, its slot being at
  * PLACE.
@@ -218,12 +59,8 @@ file_offset (const struct overlay *o, uint64_t place, uint64_t offset)
   return (place << o->slot_shift) + (offset & (slot_size (o) - 1));
 }
 
-/* An error of the overlay file or of memory becomes that of the request, if NBD
- * has a name for it, else EIO: the client would see EINVAL, and on ENOTSUP nbdkit
- * would abort.
- */
-static int
-overlay_error (const struct overlay *o, int err)
+int
+blk_error (const struct overlay *o, int err)
 {
   if (err == ESHUTDOWN) /* nothing is wrong: the server ends */
     return err;
@@ -262,18 +99,19 @@ struct run {
   uint64_t file_offset; /* if allocated */
 };
 
-/* The run that starts at OFFSET, as far as END (> OFFSET) at the most.  Caller
- * holds the request lock.
+/* The run of MAP that starts at OFFSET, as far as END (> OFFSET) at the most.  Caller
+ * holds the request lock, or the frozen map.
  */
 static struct run
-find_run (const struct overlay *o, uint64_t offset, uint64_t end)
+find_run_of (const struct overlay *o, const struct map *map, uint64_t offset,
+             uint64_t end)
 {
   struct run run = { .state = BLOCK_HOLE };
   uint64_t pos = offset;
 
   while (pos < end) {
     const uint64_t nr = pos >> o->slot_shift;
-    const struct slot *slot = map_find (&o->map, nr);
+    const struct slot *slot = map_find (map, nr);
     enum block_state state = BLOCK_HOLE;
     uint64_t place_offset = 0, piece_end;
 
@@ -287,7 +125,7 @@ find_run (const struct overlay *o, uint64_t offset, uint64_t end)
       piece_end = (nr << o->slot_shift) + ((uint64_t) last << o->block_shift);
     }
     else
-      piece_end = map_next (&o->map, nr) << o->slot_shift;
+      piece_end = map_next (map, nr) << o->slot_shift;
 
     if (pos == offset) {
       run.state = state;
@@ -302,6 +140,13 @@ find_run (const struct overlay *o, uint64_t offset, uint64_t end)
 
   run.length = pos - offset;
   return run;
+}
+
+/* The same of the live map.  Caller holds the request lock. */
+static struct run
+find_run (const struct overlay *o, uint64_t offset, uint64_t end)
+{
+  return find_run_of (o, &o->map, offset, end);
 }
 
 static enum block_state
@@ -323,6 +168,22 @@ all_allocated (const struct overlay *o, uint64_t offset, uint64_t end)
   return true;
 }
 
+/* Has a frozen map a place of these slots too? */
+static bool
+any_shared (const struct overlay *o, uint64_t offset, uint64_t end)
+{
+  if (!o->map.newest)
+    return false;
+  for (uint64_t nr = offset >> o->slot_shift; nr <= (end - 1) >> o->slot_shift;
+       ++nr) {
+    const struct slot *slot = map_find (&o->map, nr);
+
+    if (slot && map_is_shared (&o->map, nr, slot_load (slot).place))
+      return true;
+  }
+  return false;
+}
+
 /*----------------------------------------------------------------------
  * Changing
  */
@@ -332,9 +193,11 @@ struct slot_change {
   uint64_t nr;            /* of the slot */
   struct slot *slot;      /* good between change_begin and change_end */
   struct slot_pair found; /* under the slot lock */
+  bool shared;            /* with a frozen map: its place is not written to */
   uint64_t place;         /* where its bytes go; 0: it needs no place */
-  uint32_t allocate;      /* blocks that become allocated, or stay so */
-  uint32_t zero;          /* blocks that become zero, or stay so */
+  uint32_t allocate; /* blocks that are written to: they become allocated, or
+                           * stay so */
+  uint32_t zero;     /* blocks that become zero, or stay so */
 };
 
 /* A request's changes, from change_begin to change_end. */
@@ -366,29 +229,15 @@ stripes_of (uint64_t first, size_t count)
   if (count >= NR_STRIPES)
     return UINT64_MAX >> (64 - NR_STRIPES);
   for (size_t i = 0; i < count; ++i)
-    stripes |= UINT64_C (1) << (first + i) % NR_STRIPES;
+    stripes |= stripe_of (first + i);
   return stripes;
-}
-
-static void
-lock_stripes (struct overlay *o, uint64_t stripes)
-{
-  for (; stripes; stripes &= stripes - 1)
-    pthread_mutex_lock (&o->slot_locks[__builtin_ctzll (stripes)]);
-}
-
-static void
-unlock_stripes (struct overlay *o, uint64_t stripes)
-{
-  for (; stripes; stripes &= stripes - 1)
-    pthread_mutex_unlock (&o->slot_locks[__builtin_ctzll (stripes)]);
 }
 
 static void
 change_unlock (struct change *c)
 {
   pthread_rwlock_unlock (&c->o->request_lock);
-  unlock_stripes (c->o, c->stripes);
+  overlay_unlock_stripes (c->o, c->stripes);
 }
 
 /* Lock the slots of the disk's bytes OFFSET .. END-1 and look at them.  0, and
@@ -412,7 +261,7 @@ change_begin (struct change *c, struct overlay *o, uint64_t offset,
       return ENOMEM;
   }
 
-  lock_stripes (o, c->stripes);
+  overlay_lock_stripes (o, c->stripes);
   pthread_rwlock_rdlock (&o->request_lock);
   if (o->closed) {
     change_unlock (c);
@@ -429,6 +278,8 @@ change_begin (struct change *c, struct overlay *o, uint64_t offset,
     c->slots[i] = (struct slot_change) { .nr = c->first + i, .slot = slot };
     c->slots[i].found = slot_load (slot);
     c->slots[i].place = c->slots[i].found.place;
+    c->slots[i].shared
+      = map_is_shared (&o->map, c->first + i, c->slots[i].place);
   }
   return 0;
 }
@@ -443,7 +294,22 @@ has_fresh_place (const struct slot_change *s)
 static bool
 needs_place (const struct slot_change *s)
 {
-  return s->allocate && s->place == 0;
+  return s->allocate && (s->place == 0 || s->shared);
+}
+
+/* The blocks of START .. END-1, both block aligned, that are in slot I. */
+static uint32_t
+blocks_in_slot (const struct change *c, size_t i, uint64_t start, uint64_t end)
+{
+  const struct overlay *o = c->o;
+  const uint64_t slot_start = (c->first + i) << o->slot_shift;
+  const uint64_t from = MAX (start, slot_start);
+  const uint64_t to = MIN (end, slot_start + slot_size (o));
+
+  if (from >= to)
+    return 0;
+  return bitmap_mask ((unsigned) ((from - slot_start) >> o->block_shift),
+                      (unsigned) ((to - from) >> o->block_shift));
 }
 
 /* Has a slot a block that is no hole? */
@@ -531,6 +397,55 @@ change_take_places (struct change *c)
   return change_reserve_tables (c, took_places);
 }
 
+/* To the fresh place of a slot that was shared, bring along the bytes of those
+ * allocated blocks that the request, OFFSET .. END-1, neither covers wholly nor makes
+ * zero.  What was shared does not change, so that they can be copied while others
+ * read them.  0 or an errno value.
+ */
+static int
+change_bring (const struct change *c, uint64_t offset, uint64_t end)
+{
+  const struct overlay *o = c->o;
+  const uint64_t covered_start = ROUND_UP (offset, block_size (o));
+  const uint64_t covered_end = end == o->size
+                                 ? ROUND_UP (end, block_size (o))
+                                 : ROUND_DOWN (end, block_size (o));
+
+  for (size_t i = 0; i < c->count; ++i) {
+    const struct slot_change *s = &c->slots[i];
+    uint32_t bring = bitmap_allocated (s->found.state) & ~s->zero;
+
+    if (!has_fresh_place (s) || s->found.place == 0)
+      continue;
+    bring
+      &= ~(s->allocate & blocks_in_slot (c, i, covered_start, covered_end));
+    while (bring) {
+      const unsigned first = (unsigned) __builtin_ctz (bring);
+      const unsigned count = bitmap_run_of_ones (bring, first);
+      const uint64_t at = (uint64_t) first << o->block_shift;
+
+      if (store_copy (&c->o->store, (s->found.place << o->slot_shift) + at,
+                      (s->place << o->slot_shift) + at,
+                      (uint64_t) count << o->block_shift)
+          == -1)
+        return errno;
+      bring &= ~bitmap_mask (first, count);
+    }
+  }
+  return 0;
+}
+
+/* Everything that must be there before the bytes of the request, OFFSET .. END-1, are
+ * written.  0 or an errno value.
+ */
+static int
+change_prepare (struct change *c, uint64_t offset, uint64_t end)
+{
+  const int err = change_take_places (c);
+
+  return err ? err : change_bring (c, offset, end);
+}
+
 /* Of the NR_PARTS pieces of memory, which lie one behind the other, those that
  * hold bytes START .. END-1.  Returns how many, in IOV.
  */
@@ -611,22 +526,6 @@ change_commit (struct change *c)
   }
 }
 
-/* Punch these blocks of the slot at PLACE. */
-static void
-punch_blocks (const struct overlay *o, uint64_t place, uint32_t blocks)
-{
-  while (blocks) {
-    const unsigned first = (unsigned) __builtin_ctz (blocks);
-    const unsigned count = bitmap_run_of_ones (blocks, first);
-
-    store_punch (&o->store,
-                 (place << o->slot_shift)
-                   + ((uint64_t) first << o->block_shift),
-                 (uint64_t) count << o->block_shift);
-    blocks &= ~bitmap_mask (first, count);
-  }
-}
-
 /* Give back what a request took that failed: its fresh places, and in the other
  * slots what it may have written to blocks that it was going to allocate.
  * Caller holds the slot locks, so nobody else has begun to use those.
@@ -646,10 +545,8 @@ change_give_back (struct change *c)
 
     if (has_fresh_place (s))
       store_give_back (&c->o->store, s->place, 1);
-    else if (s->place == 0) /* it came to none */
-      continue;
-    else
-      punch_blocks (o, s->place, blocks);
+    else if (s->place != 0 && !s->shared) /* else nothing was written */
+      overlay_punch_blocks (o, s->place, blocks);
   }
 }
 
@@ -678,21 +575,6 @@ change_allocates (const struct change *c, uint64_t offset)
   return c->slots[(offset >> c->o->slot_shift) - c->first].allocate
            >> (offset >> c->o->block_shift & (SLOT_BLOCKS - 1))
          & 1;
-}
-
-/* The blocks of START .. END-1, both block aligned, that are in slot I. */
-static uint32_t
-blocks_in_slot (const struct change *c, size_t i, uint64_t start, uint64_t end)
-{
-  const struct overlay *o = c->o;
-  const uint64_t slot_start = (c->first + i) << o->slot_shift;
-  const uint64_t from = MAX (start, slot_start);
-  const uint64_t to = MIN (end, slot_start + slot_size (o));
-
-  if (from >= to)
-    return 0;
-  return bitmap_mask ((unsigned) ((from - slot_start) >> o->block_shift),
-                      (unsigned) ((to - from) >> o->block_shift));
 }
 
 /* The state of the block at OFFSET as it was found. */
@@ -732,9 +614,10 @@ punch_gap (const struct overlay *o, struct gap *gap)
 
 /* Punch what is not allocated of the blocks PIECE in the places of COUNT slots,
  * which lie one behind the other, in one short hold of both locks (rule 6): the
- * zero blocks,
- * and the holes between them, so that fewer and longer ranges are punched.
- * Whoever is about to write to any of these blocks needs the slot lock.
+ * zero blocks, and the holes between them, so that fewer and longer ranges are
+ * punched.  What a frozen map has allocated there is left; it is punched when the last
+ * such map is released.  Whoever is about to write to any of these blocks needs the
+ * slot lock.
  */
 static void
 punch_slots (struct overlay *o, const struct slot_change *slots, size_t count,
@@ -744,8 +627,8 @@ punch_slots (struct overlay *o, const struct slot_change *slots, size_t count,
   uint64_t stripes = 0;
 
   for (size_t i = 0; i < count; ++i)
-    stripes |= stripes_of (slots[i].nr, 1);
-  lock_stripes (o, stripes);
+    stripes |= stripe_of (slots[i].nr);
+  overlay_lock_stripes (o, stripes);
   pthread_rwlock_rdlock (&o->request_lock);
 
   /* Once the overlay is closed, its file may have been saved, and be somebody
@@ -755,7 +638,9 @@ punch_slots (struct overlay *o, const struct slot_change *slots, size_t count,
     count = 0;
   for (size_t i = 0; i < count; ++i) {
     const struct slot_pair pair = slot_load (map_find (&o->map, slots[i].nr));
-    uint32_t unused = ~bitmap_allocated (pair.state) & piece;
+    uint32_t unused = ~(bitmap_allocated (pair.state)
+                        | map_frozen_blocks (&o->map, slots[i].nr, pair.place))
+                      & piece;
 
     while (unused) {
       const unsigned first = (unsigned) __builtin_ctz (unused);
@@ -777,7 +662,7 @@ punch_slots (struct overlay *o, const struct slot_change *slots, size_t count,
   punch_gap (o, &gap);
 
   pthread_rwlock_unlock (&o->request_lock);
-  unlock_stripes (o, stripes);
+  overlay_unlock_stripes (o, stripes);
 }
 
 static int
@@ -966,7 +851,7 @@ keep (struct overlay *o, char *bytes, uint64_t start, uint64_t end)
   for (size_t i = 0; i < c.count; ++i)
     c.slots[i].allocate = bitmap_holes (c.slots[i].found.state)
                           & blocks_in_slot (&c, i, start, end);
-  err = change_take_places (&c);
+  err = change_prepare (&c, start, end);
 
   for (uint64_t pos = start; pos < end && !err;) {
     const struct run run = find_run (o, pos, end);
@@ -983,6 +868,40 @@ keep (struct overlay *o, char *bytes, uint64_t start, uint64_t end)
 /*----------------------------------------------------------------------
  * Requests
  */
+
+/* The disk that a request looks at: as it is, or as it was when it was frozen. */
+struct disk {
+  struct overlay *o;
+  const struct frozen_map *frozen; /* NULL: as it is */
+};
+
+/* The run at OFFSET; if BUF is not NULL, its bytes too, where it is allocated.  0 or an
+ * errno value.
+ *
+ * Rule 4: the file is read under the request lock, without slot locks.  Should a
+ * block be zeroed and punched meanwhile, the zeroes are as good an answer as what was
+ * there.  A frozen map and its bytes do not change.
+ */
+static int
+look (const struct disk *d, uint64_t offset, uint64_t end, struct run *run,
+      void *buf)
+{
+  struct overlay *o = d->o;
+  int r = 0;
+
+  if (d->frozen) {
+    *run = find_run_of (o, &d->frozen->map, offset, end);
+    if (buf && run->state == BLOCK_ALLOCATED)
+      r = overlay_read_frozen (o, buf, run->length, run->file_offset);
+  }
+  else {
+    READ_LOCK_FOR_SCOPE (&o->request_lock);
+    *run = find_run (o, offset, end);
+    if (buf && run->state == BLOCK_ALLOCATED)
+      r = store_read (&o->store, buf, run->length, run->file_offset);
+  }
+  return r == -1 ? errno : 0;
+}
 
 /* Read a run of holes.  Caller holds no lock. */
 static int
@@ -1011,34 +930,25 @@ read_holes (struct overlay *o, const struct base *base, enum on_read on_read,
   return 0;
 }
 
-int
-blk_read (struct overlay *o, const struct base *base, enum on_read on_read,
-          void *buf, uint32_t count, uint64_t offset, int *err)
+static int
+read_disk (const struct disk *d, const struct base *base, enum on_read on_read,
+           void *buf, uint32_t count, uint64_t offset, int *err)
 {
   const uint64_t end = offset + count;
 
   while (offset < end) {
     struct run run;
+    const int r = look (d, offset, end, &run, buf);
 
-    /* Rule 4: the file is read under the request lock, without slot locks.
-     * Should a block be zeroed and punched meanwhile, the zeroes are as good
-     * an answer as what was there.
-     */
-    {
-      READ_LOCK_FOR_SCOPE (&o->request_lock);
-      run = find_run (o, offset, end);
-      if (run.state == BLOCK_ALLOCATED
-          && store_read (&o->store, buf, run.length, run.file_offset) == -1) {
-        *err = overlay_error (o, errno);
-        return -1;
-      }
+    if (r) {
+      *err = blk_error (d->o, r);
+      return -1;
     }
-
     if (run.state == BLOCK_ZERO)
       memset (buf, 0, run.length);
     else if (run.state == BLOCK_HOLE
-             && read_holes (o, base, on_read, buf, offset, offset + run.length,
-                            err)
+             && read_holes (d->o, base, on_read, buf, offset,
+                            offset + run.length, err)
                   == -1)
       return -1;
 
@@ -1046,6 +956,25 @@ blk_read (struct overlay *o, const struct base *base, enum on_read on_read,
     offset += run.length;
   }
   return 0;
+}
+
+int
+blk_read (struct overlay *o, const struct base *base, enum on_read on_read,
+          void *buf, uint32_t count, uint64_t offset, int *err)
+{
+  const struct disk disk = { .o = o };
+
+  return read_disk (&disk, base, on_read, buf, count, offset, err);
+}
+
+int
+blk_read_frozen (struct overlay *o, const struct frozen_map *frozen,
+                 const struct base *base, void *buf, uint32_t count,
+                 uint64_t offset, int *err)
+{
+  const struct disk disk = { .o = o, .frozen = frozen };
+
+  return read_disk (&disk, base, ON_READ_PASS, buf, count, offset, err);
 }
 
 /* Write to blocks that were all allocated a moment ago.  Caller holds the
@@ -1196,7 +1125,7 @@ write_blocks (struct overlay *o, const char *buf, const struct edges *e)
 
   if (o->detect_zeroes)
     change_detect_zeroes (&c, parts, MAX_PARTS, start);
-  err = change_take_places (&c);
+  err = change_prepare (&c, e->offset, e->end);
   if (!err)
     err = o->detect_zeroes
             ? change_write_allocated (&c, parts, MAX_PARTS, start)
@@ -1228,6 +1157,7 @@ blk_write (struct overlay *o, const struct base *base, const void *buf,
       done = true;
     }
     else if (all_allocated (o, offset, offset + count)
+             && !any_shared (o, offset, offset + count)
              && !(o->detect_zeroes
                   && has_zero_block (o, buf, offset, offset + count))) {
       r = overwrite (o, buf, offset, offset + count);
@@ -1243,7 +1173,7 @@ blk_write (struct overlay *o, const struct base *base, const void *buf,
     r = write_blocks (o, buf, &edges);
   }
   if (r) {
-    *err = overlay_error (o, r);
+    *err = blk_error (o, r);
     return -1;
   }
   return 0;
@@ -1301,12 +1231,14 @@ zero_blocks (struct overlay *o, const struct edges *e)
   if (tail_partial && !(head_partial && e->tail == e->head))
     partial[nr_partial++] = e->tail;
 
-  /* Of these blocks only holes change state: they become allocated. */
+  /* Of these blocks those that are zero stay as they are; the others are written
+   * to, and holes become allocated.
+   */
   for (unsigned i = 0; i < nr_partial; ++i)
-    if (found_state (&c, partial[i]) == BLOCK_HOLE)
+    if (found_state (&c, partial[i]) != BLOCK_ZERO)
       change_at (&c, partial[i])->allocate
         |= bitmap_mask (partial[i] >> o->block_shift & (SLOT_BLOCKS - 1), 1);
-  err = change_take_places (&c);
+  err = change_prepare (&c, e->offset, e->end);
   for (unsigned i = 0; i < nr_partial && !err; ++i)
     err = zero_edge (&c, e, partial[i]);
 
@@ -1338,7 +1270,7 @@ blk_zero (struct overlay *o, const struct base *base, enum zero_effort effort,
     return -1;
   r = zero_blocks (o, &edges);
   if (r) {
-    *err = overlay_error (o, r);
+    *err = blk_error (o, r);
     return -1;
   }
   return 0;
@@ -1365,7 +1297,7 @@ prefetch_and_keep (struct overlay *o, const struct base *base, uint64_t start,
 
     const int r = keep (o, bytes, start, piece_end);
     if (r) {
-      *err = overlay_error (o, r);
+      *err = blk_error (o, r);
       return -1;
     }
     start = piece_end;
@@ -1402,10 +1334,10 @@ blk_cache (struct overlay *o, const struct base *base, enum on_cache on_cache,
   return 0;
 }
 
-int
-blk_extents (struct overlay *o, const struct base *base, uint32_t count,
-             uint64_t offset, uint32_t flags, struct nbdkit_extents *extents,
-             int *err)
+static int
+extents_of_disk (const struct disk *d, const struct base *base, uint32_t count,
+                 uint64_t offset, uint32_t flags,
+                 struct nbdkit_extents *extents, int *err)
 {
   const bool only_one = flags & NBDKIT_FLAG_REQ_ONE;
   const uint64_t end = offset + count;
@@ -1417,10 +1349,8 @@ blk_extents (struct overlay *o, const struct base *base, uint32_t count,
     uint32_t type = 0;
     struct run run;
 
-    {
-      READ_LOCK_FOR_SCOPE (&o->request_lock);
-      run = find_run (o, offset, end);
-    }
+    (void) look (d, offset, end, &run,
+                 NULL); /* reads nothing, so cannot fail */
 
     if (run.state == BLOCK_HOLE && base->can_extents) {
       uint64_t covered;
@@ -1447,4 +1377,24 @@ blk_extents (struct overlay *o, const struct base *base, uint32_t count,
     offset += run.length;
   }
   return 0;
+}
+
+int
+blk_extents (struct overlay *o, const struct base *base, uint32_t count,
+             uint64_t offset, uint32_t flags, struct nbdkit_extents *extents,
+             int *err)
+{
+  const struct disk disk = { .o = o };
+
+  return extents_of_disk (&disk, base, count, offset, flags, extents, err);
+}
+
+int
+blk_extents_frozen (struct overlay *o, const struct frozen_map *frozen,
+                    const struct base *base, uint32_t count, uint64_t offset,
+                    uint32_t flags, struct nbdkit_extents *extents, int *err)
+{
+  const struct disk disk = { .o = o, .frozen = frozen };
+
+  return extents_of_disk (&disk, base, count, offset, flags, extents, err);
 }

@@ -18,57 +18,13 @@
 #include <nbdkit-filter.h>
 
 #include "base.h"
-#include "qcow2.h"
+#include "overlay.h"
 
-struct map;
-struct overlay;
-struct store;
-struct tables;
-
-/* What is to become of overlays. */
-enum overlay_fate {
-  OVERLAY_THROWN_AWAY,
-  OVERLAY_SAVED,          /* as an image */
-  OVERLAY_SAVED_IN_PLACE, /* as an image, which the overlay file becomes */
-};
-
-/* What all overlays of a server have in common. */
-struct overlay_options {
-  uint32_t block_size; /* a power of two */
-  bool
-    detect_zeroes; /* blocks of zeroes that are written become zero blocks */
-  const char *dir; /* where their files are made; must live as long as they */
-  enum overlay_fate fate;
-  enum qcow2_l2_format format; /* of the image */
-};
-
-/* Make an overlay for a disk of SIZE bytes.  Allocates next to nothing until
- * something is written.  NULL and errno: ENOMEM, or EFBIG if no image can be that
- * large.
+/* An error of the overlay file or of memory, reported, as that of the request: what NBD
+ * has a name for, else EIO.  The client would see EINVAL, and on ENOTSUP nbdkit would
+ * abort.
  */
-extern struct overlay *overlay_new (uint64_t size,
-                                    const struct overlay_options *options);
-
-/* Throw an overlay away.  No request may be under way.  NULL is allowed. */
-extern void overlay_free (struct overlay *overlay);
-
-/* The size it was made with. */
-extern uint64_t overlay_size (const struct overlay *overlay);
-
-/* Was the disk ever changed, that is, is there a block that is not a hole? */
-extern bool overlay_is_changed (const struct overlay *overlay);
-
-/* Freeze the disk for good: what was acknowledged is in it, and whatever would
- * change it from now on fails with ESHUTDOWN.
- */
-extern void overlay_close (struct overlay *overlay);
-
-/* What an image of the overlay is made of, and how its file is laid out.  The
- * overlay must be closed and not THROWN_AWAY.
- */
-extern const struct map *overlay_map (const struct overlay *overlay);
-extern struct store *overlay_store (struct overlay *overlay);
-extern struct tables *overlay_tables (struct overlay *overlay);
+extern int blk_error (const struct overlay *overlay, int err);
 
 /* What a read does with bytes that it had to get from the base. */
 enum on_read {
@@ -116,5 +72,16 @@ extern int blk_cache (struct overlay *overlay, const struct base *base,
 extern int blk_extents (struct overlay *overlay, const struct base *base,
                         uint32_t count, uint64_t offset, uint32_t flags,
                         struct nbdkit_extents *extents, int *err);
+
+/* The same of the disk as it was when it was frozen.  Nothing is kept. */
+extern int blk_read_frozen (struct overlay *overlay,
+                            const struct frozen_map *frozen,
+                            const struct base *base, void *buf, uint32_t count,
+                            uint64_t offset, int *err);
+extern int blk_extents_frozen (struct overlay *overlay,
+                               const struct frozen_map *frozen,
+                               const struct base *base, uint32_t count,
+                               uint64_t offset, uint32_t flags,
+                               struct nbdkit_extents *extents, int *err);
 
 #endif /* COW_BLK_H */

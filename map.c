@@ -4,14 +4,27 @@
  *
  * Who may do what at the same time:
  *
- * - Nodes are only ever added while the overlay lives.  A pointer to a node is
- *   stored (release) after the node is all zero bytes, under the lock of the
- *   node above it, and looked at again after taking that lock.  Whoever follows
- *   it (acquire) needs no lock and sees an initialized node.
+ * - A node is added, or takes the place of one that a frozen map has, under the lock
+ *   of the node above it; the pointer to it is looked at again after taking that
+ *   lock, and stored (release) when the node is complete.  Whoever follows it
+ *   (acquire) needs no lock and sees an initialized node.
+ *
+ * - A node of a generation that is not newer than the newest frozen map that is held
+ *   belongs to frozen maps, perhaps to the live one as well.  It does not change.
+ *   All other nodes belong to the live map alone.  Which is which changes under the
+ *   exclusive request lock only, so a request that has touched a node may change it
+ *   as long as it holds the request lock.
  *
  * - The two words of a slot are changed by slot_store only, whose caller holds
  *   the slot lock, so that there is one writer at a time.  Readers take no slot
  *   lock and use slot_load.
+ *
+ * - A node is freed by map_release only, one at a time.  It is in neither neighbour
+ *   of the released map, so nobody can come to it any more: not from older or newer
+ *   frozen maps, and not from the live one, whose nodes come from its root at the
+ *   time of the unlinking or are newer.  For the same reason the walk never looks at
+ *   the live map's present root: a node below the noted one is in the live map
+ *   still, or in a map that was frozen since, which cannot be released meanwhile.
  *
  * Knows nothing of files, of blocks' bytes, or of nbdkit.
  */
@@ -19,6 +32,7 @@
 #include <config.h>
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "bitmap.h"
 #include "cleanup.h"
@@ -27,12 +41,19 @@
 #define LEAF_BITS 8
 #define INNER_BITS 9
 
+/* What both kinds begin with. */
+struct node {
+  uint64_t generation; /* constant */
+};
+
 struct leaf {
+  struct node node;
   struct slot slots[1 << LEAF_BITS];
 };
 
 struct inner {
-  _Atomic (void *) child[1 << INNER_BITS]; /* set once, under lock */
+  struct node node;
+  _Atomic (void *) child[1 << INNER_BITS]; /* changes under lock */
   pthread_mutex_t lock;                    /* guards the setting of child */
 };
 
@@ -54,25 +75,34 @@ map_init (struct map *map, uint64_t nr_slots)
     map->levels++;
   pthread_mutex_init (&map->lock, NULL);
   atomic_init (&map->root, NULL);
+  map->generation = 1;
+  map->newest = NULL;
 }
 
 static void
 free_node (void *node, unsigned level)
 {
+  if (node && level > 0)
+    pthread_mutex_destroy (&((struct inner *) node)->lock);
+  free (node);
+}
+
+static void
+free_tree (void *node, unsigned level)
+{
   if (node && level > 0) {
     struct inner *inner = node;
 
     for (unsigned i = 0; i < 1 << INNER_BITS; ++i)
-      free_node (atomic_load (&inner->child[i]), level - 1);
-    pthread_mutex_destroy (&inner->lock);
+      free_tree (atomic_load (&inner->child[i]), level - 1);
   }
-  free (node);
+  free_node (node, level);
 }
 
 void
 map_destroy (struct map *map)
 {
-  free_node (atomic_load (&map->root), map->levels);
+  free_tree (atomic_load (&map->root), map->levels);
   pthread_mutex_destroy (&map->lock);
 }
 
@@ -130,34 +160,51 @@ map_next (const struct map *map, uint64_t nr)
   return map->nr_slots;
 }
 
-static void *
-new_node (unsigned level)
-{
-  if (level == 0)
-    return calloc (1, sizeof (struct leaf));
-
-  struct inner *inner = calloc (1, sizeof *inner);
-  if (inner)
-    pthread_mutex_init (&inner->lock, NULL);
-  return inner;
-}
-
-/* The node that LINK points to; made, for LEVEL, if there is none.  LOCK is
- * the one that guards LINK.  NULL and ENOMEM if there is no memory.
+/* A node for LEVEL with the content of OLD, which nobody changes, or if that is NULL
+ * with none.  NULL and ENOMEM.
  */
 static void *
-touch_node (_Atomic (void *) *link, pthread_mutex_t *lock, unsigned level)
+new_node (const struct map *map, unsigned level, const void *old)
+{
+  const size_t size
+    = level == 0 ? sizeof (struct leaf) : sizeof (struct inner);
+  struct node *node = old ? malloc (size) : calloc (1, size);
+
+  if (!node)
+    return NULL;
+  if (old)
+    memcpy (node, old, size);
+  node->generation = map->generation;
+  if (level > 0)
+    pthread_mutex_init (&((struct inner *) node)->lock, NULL);
+  return node;
+}
+
+/* Is there no node, or one that belongs to frozen maps? */
+static bool
+is_to_be_made (const struct map *map, const struct node *node)
+{
+  return !node || (map->newest && node->generation <= map->newest->generation);
+}
+
+/* The node that LINK points to; made or copied, for LEVEL, where it cannot be changed.
+ * LOCK is the one that guards LINK.  NULL and ENOMEM if there is no memory.
+ */
+static void *
+touch_node (const struct map *map, _Atomic (void *) *link,
+            pthread_mutex_t *lock, unsigned level)
 {
   void *node = atomic_load_explicit (link, memory_order_acquire);
 
-  if (node)
+  if (!is_to_be_made (map, node))
     return node;
 
   LOCK_FOR_SCOPE (lock);
   node = atomic_load_explicit (link, memory_order_relaxed);
-  if (!node) {
-    node = new_node (level);
-    atomic_store_explicit (link, node, memory_order_release);
+  if (is_to_be_made (map, node)) {
+    node = new_node (map, level, node);
+    if (node)
+      atomic_store_explicit (link, node, memory_order_release);
   }
   return node;
 }
@@ -165,13 +212,13 @@ touch_node (_Atomic (void *) *link, pthread_mutex_t *lock, unsigned level)
 struct slot *
 map_touch (struct map *map, uint64_t nr)
 {
-  void *node = touch_node (&map->root, &map->lock, map->levels);
+  void *node = touch_node (map, &map->root, &map->lock, map->levels);
 
   for (unsigned level = map->levels; node && level > 0; --level) {
     struct inner *inner = node;
 
-    node = touch_node (&inner->child[child_index (nr, level)], &inner->lock,
-                       level - 1);
+    node = touch_node (map, &inner->child[child_index (nr, level)],
+                       &inner->lock, level - 1);
   }
   return node ? slot_in_leaf (node, nr) : NULL;
 }
@@ -213,4 +260,142 @@ slot_store (struct slot *slot, struct slot_pair pair)
     atomic_store_explicit (&slot->place, pair.place, memory_order_release);
   }
   atomic_store_explicit (&slot->state, pair.state, memory_order_release);
+}
+
+/*----------------------------------------------------------------------
+ * Frozen maps
+ */
+
+void
+map_freeze (struct map *map, struct frozen_map *frozen)
+{
+  map_init (&frozen->map, map->nr_slots);
+  atomic_init (&frozen->map.root, atomic_load (&map->root));
+  frozen->generation = map->generation++;
+  frozen->older = map->newest;
+  map->newest = frozen;
+}
+
+bool
+map_is_shared (const struct map *map, uint64_t nr, uint64_t place)
+{
+  const struct slot *slot
+    = map->newest && place ? map_find (&map->newest->map, nr) : NULL;
+
+  return slot && slot_load (slot).place == place;
+}
+
+uint32_t
+map_frozen_blocks (const struct map *map, uint64_t nr, uint64_t place)
+{
+  uint32_t blocks = 0;
+
+  /* Those that have the place follow one another: a slot that has left a place does
+   * not come back to it as long as any map has it.
+   */
+  for (const struct frozen_map *f = map->newest; f; f = f->older) {
+    const struct slot *slot = map_find (&f->map, nr);
+    const struct slot_pair pair
+      = slot ? slot_load (slot) : (struct slot_pair) { .place = 0 };
+
+    if (pair.place != place)
+      break;
+    blocks |= bitmap_allocated (pair.state);
+  }
+  return blocks;
+}
+
+const struct map *
+map_next_newer (const struct map *map, const struct frozen_map *frozen)
+{
+  const struct map *next = map;
+
+  for (const struct frozen_map *f = map->newest;
+       f && f->generation > frozen->generation; f = f->older)
+    next = &f->map;
+  return next;
+}
+
+void
+map_unlink (struct map *map, struct frozen_map *frozen)
+{
+  const struct map *newer = map_next_newer (map, frozen);
+  struct frozen_map **link = &map->newest;
+
+  while (*link != frozen)
+    link = &(*link)->older;
+  *link = frozen->older;
+
+  frozen->newer_root = atomic_load (&newer->root);
+  frozen->older_root
+    = frozen->older ? atomic_load (&frozen->older->map.root) : NULL;
+}
+
+/* What the released map and its neighbours have at one place of the tree. */
+struct trio {
+  void *mine, *older, *newer;
+};
+
+static void
+release_slots (struct trio t, uint64_t first,
+               const struct map_release *release)
+{
+  for (unsigned i = 0; i < 1 << LEAF_BITS; ++i) {
+    const struct slot_pair none = { .place = 0 };
+    const struct slot_pair mine = slot_load (slot_in_leaf (t.mine, i));
+    const struct slot_pair older
+      = t.older ? slot_load (slot_in_leaf (t.older, i)) : none;
+    const struct slot_pair newer
+      = t.newer ? slot_load (slot_in_leaf (t.newer, i)) : none;
+
+    if (mine.place == 0 || mine.place == older.place)
+      continue;
+    if (mine.place != newer.place)
+      release->place_is_free (release->opaque, mine.place);
+    else {
+      const uint32_t blocks
+        = bitmap_allocated (mine.state) & ~bitmap_allocated (newer.state);
+
+      if (blocks)
+        release->blocks_are_free (release->opaque, first + i, mine.place,
+                                  blocks);
+    }
+  }
+}
+
+/* Free what is only in T.MINE, whose first slot is FIRST. */
+static void
+release_tree (struct trio t, unsigned level, uint64_t first,
+              const struct map_release *release)
+{
+  if (!t.mine || t.mine == t.older || t.mine == t.newer)
+    return;
+
+  if (level == 0) {
+    if (release)
+      release_slots (t, first, release);
+  }
+  else
+    for (unsigned i = 0; i < 1 << INNER_BITS; ++i) {
+      const struct inner *const inner[] = { t.mine, t.older, t.newer };
+      void *child[] = { NULL, NULL, NULL };
+
+      for (unsigned j = 0; j < 3; ++j)
+        if (inner[j])
+          child[j]
+            = atomic_load_explicit (&inner[j]->child[i], memory_order_acquire);
+      release_tree ((struct trio) { child[0], child[1], child[2] }, level - 1,
+                    first + ((uint64_t) i << bits_below (level)), release);
+    }
+  free_node (t.mine, level);
+}
+
+void
+map_release (struct frozen_map *frozen, const struct map_release *release)
+{
+  release_tree ((struct trio) { .mine = atomic_load (&frozen->map.root),
+                                .older = frozen->older_root,
+                                .newer = frozen->newer_root },
+                frozen->map.levels, 0, release);
+  pthread_mutex_destroy (&frozen->map.lock);
 }

@@ -5,7 +5,11 @@
  * A radix tree, whose nodes are made on first touch, so that memory follows
  * what was written and not the size of the disk.  A leaf has 256 slots
  * (4 KiB), an inner node 512 pointers; there are as many levels as the disk
- * needs.  See map.c for how it is read while it grows.
+ * needs.
+ *
+ * A map can be frozen, any number of times: that takes its root, and from then on a
+ * node is copied before it is changed.  The frozen maps that are held form a list by
+ * age.  See map.c for who may do what at the same time.
  */
 
 #ifndef COW_MAP_H
@@ -13,6 +17,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 /* One slot of the disk: SLOT_BLOCKS blocks. */
@@ -28,46 +33,115 @@ struct slot_pair {
   uint64_t state;
 };
 
+struct frozen_map;
+
 struct map {
   uint64_t nr_slots;     /* constant */
   unsigned levels;       /* of inner nodes above the leaves; constant */
   pthread_mutex_t lock;  /* guards the setting of root */
   _Atomic (void *) root; /* a leaf if levels is 0, else an inner node;
                            * NULL until the first touch */
+  uint64_t generation;   /* of nodes that are made now.  This and the next one
+                           * change under the exclusive request lock only */
+  struct frozen_map *newest; /* frozen map that is held, or NULL */
+};
+
+/* A map as it was at one moment.  Its nodes do not change, so whoever holds it (from
+ * map_freeze to map_unlink) reads it without a lock.
+ */
+struct frozen_map {
+  struct map map;      /* for map_find and map_next; constant */
+  uint64_t generation; /* of its newest nodes, at the most; constant */
+  struct frozen_map
+    *older; /* in the list of those that are held; changes under
+                             * the exclusive request lock only */
+  /* The roots of its neighbours when it was unlinked. */
+  void *older_root, *newer_root;
 };
 
 /* Make an empty map for NR_SLOTS slots.  Allocates nothing. */
 extern void map_init (struct map *map, uint64_t nr_slots);
 
-/* Free all nodes.  Nobody else may use the map any more. */
+/* Free all nodes.  Nobody else may use the map any more, and no frozen map of it
+ * may be held.
+ */
 extern void map_destroy (struct map *map);
 
 /* The slot numbered NR (< nr_slots), or NULL if nothing near it was ever
  * touched: all its blocks are holes then.  Caller holds the request lock, and
- * the pointer is good no longer than that hold.
+ * the pointer is good no longer than that hold; or holds the frozen map.
  */
 extern struct slot *map_find (const struct map *map, uint64_t nr);
 
-/* The same, but makes the nodes on the way.  NULL and ENOMEM if there is no
- * memory.  Caller holds the request lock.
+/* The same, but makes the nodes on the way, or copies those that a frozen map
+ * has, so that the slot can be changed.  NULL and ENOMEM if there is no memory.
+ * Caller holds the request lock.
  */
 extern struct slot *map_touch (struct map *map, uint64_t nr);
 
 /* The first slot number >= NR for which map_find may return a slot, or
  * nr_slots.  Skips whole subtrees that were never touched.  Caller holds the
- * request lock.
+ * request lock, or the frozen map.
  */
 extern uint64_t map_next (const struct map *map, uint64_t nr);
 
 /* Both words of the slot as one consistent pair.  Needs no slot lock; the
- * caller holds the request lock.
+ * caller holds the request lock, or the frozen map.
  */
 extern struct slot_pair slot_load (const struct slot *slot);
 
-/* Change the slot to PAIR in the order that rule 1 of HACKING demands.  Caller
- * holds the slot lock and the request lock, and all bytes that this makes
- * visible are in the file.
+/* Change the slot, which map_touch found, to PAIR in the order that rule 1 of
+ * HACKING demands.  Caller holds the slot lock and the request lock, and all bytes
+ * that this makes visible are in the file.
  */
 extern void slot_store (struct slot *slot, struct slot_pair pair);
+
+/* Freeze the map, into FROZEN.  Takes no longer for a large map.  Caller holds the
+ * request lock exclusively.
+ */
+extern void map_freeze (struct map *map, struct frozen_map *frozen);
+
+/* Is the PLACE of slot NR shared, so that nothing in it may be changed: has the newest
+ * frozen map that is held the same one?  Caller holds the request lock.
+ */
+extern bool map_is_shared (const struct map *map, uint64_t nr, uint64_t place);
+
+/* The blocks of slot NR that frozen maps have allocated in PLACE, where it is now.
+ * Caller holds the request lock.
+ */
+extern uint32_t map_frozen_blocks (const struct map *map, uint64_t nr,
+                                   uint64_t place);
+
+/* The oldest frozen map that is newer than FROZEN, else the live one.  Caller holds
+ * the request lock.
+ */
+extern const struct map *map_next_newer (const struct map *map,
+                                         const struct frozen_map *frozen);
+
+/* Nobody reads the frozen map any more: take it out of the list.  Caller holds the
+ * request lock exclusively, and the release lock, which it keeps until map_release
+ * is done.
+ */
+extern void map_unlink (struct map *map, struct frozen_map *frozen);
+
+/* What map_release finds. */
+struct map_release {
+  /* Only the released map had PLACE. */
+  void (*place_is_free) (void *opaque, uint64_t place);
+
+  /* The next newer map has slot NR at the same place, and the older one has not;
+   * of BLOCKS, which were allocated, it had none when it was looked at: zeroed
+   * while they were shared, they have not been punched.
+   */
+  void (*blocks_are_free) (void *opaque, uint64_t nr, uint64_t place,
+                           uint32_t blocks);
+  void *opaque;
+};
+
+/* Free the nodes that only the unlinked map had, and tell RELEASE (NULL: nobody) what
+ * of the file is not needed any more.  Caller holds the release lock and no other.
+ */
+extern void map_release (struct frozen_map *frozen,
+                         const struct map_release *release);
 
 #endif /* COW_MAP_H */
