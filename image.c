@@ -21,7 +21,8 @@
 
 #include <endian.h>
 #include <errno.h>
-#include <stdbool.h>
+#include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -30,17 +31,133 @@
 #include "cleanup.h"
 #include "image.h"
 
-/* The first slot from NR on, before END, that has a block that is no hole; or
- * END.  Its words are in *PAIR.
+int
+image_data_add (struct image_data *data, uint32_t bs, uint64_t offset,
+                uint64_t count)
+{
+  const uint64_t start = offset / bs, end = (offset + count - 1) / bs + 1;
+  struct image_data_run *last
+    = data->nr_runs > 0 ? &data->runs[data->nr_runs - 1] : NULL;
+
+  if (last && start <= last->end) {
+    last->end = MAX (last->end, end);
+    return 0;
+  }
+  if (data->nr_runs == data->max_runs) {
+    const size_t max = data->max_runs ? 2 * data->max_runs : 16;
+    struct image_data_run *runs = realloc (data->runs, max * sizeof *runs);
+
+    if (!runs)
+      return -1;
+    data->runs = runs;
+    data->max_runs = max;
+  }
+  data->runs[data->nr_runs++]
+    = (struct image_data_run) { .start = start, .end = end };
+  return 0;
+}
+
+int
+image_set_backing (struct image_source *source, const char *backing,
+                   const char *format, char **made_up)
+{
+  *made_up = NULL;
+  source->backing_file = backing;
+  source->backing_format = format ? format : "raw";
+  if (backing && strcmp (backing, "none") == 0)
+    source->backing_file = source->backing_format = NULL;
+  if (backing)
+    return 0;
+
+  /* Opens anywhere, and reads as zeroes, which null-co by itself does not. */
+  if (asprintf (made_up,
+                "json:{\"driver\":\"raw\",\"file\":{\"driver\":\"null-co\","
+                "\"size\":%" PRIu64 ",\"read-zeroes\":true}}",
+                source->geometry.disk_size)
+      == -1) {
+    *made_up = NULL;
+    errno = ENOMEM;
+    return -1;
+  }
+  source->backing_file = *made_up;
+  return 0;
+}
+
+/* What is in a slot of an image. */
+struct image_slot {
+  struct slot_pair pair; /* the states of its blocks in the image */
+  uint32_t of_base; /* the allocated blocks that come from the base; the others
+                          * are in the place */
+};
+
+/* The first run of the base's data that ends behind BLOCK. */
+static size_t
+find_data_run (const struct image_data *data, uint64_t block)
+{
+  size_t low = 0, high = data->nr_runs;
+
+  while (low < high) {
+    const size_t middle = low + (high - low) / 2;
+
+    if (data->runs[middle].end <= block)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+/* The blocks of slot NR where the base has data, the first run that ends behind its
+ * start being number I.
+ */
+static uint32_t
+data_blocks (const struct image_data *data, size_t i, uint64_t nr)
+{
+  const uint64_t start = nr * SLOT_BLOCKS, end = start + SLOT_BLOCKS;
+  uint32_t blocks = 0;
+
+  for (; i < data->nr_runs && data->runs[i].start < end; ++i) {
+    const uint64_t from = MAX (start, data->runs[i].start);
+    const uint64_t to = MIN (end, data->runs[i].end);
+
+    blocks |= bitmap_mask ((unsigned) (from - start), (unsigned) (to - from));
+  }
+  return blocks;
+}
+
+/* The first slot from NR on, before END, that has a block that is not unallocated in
+ * the image; or END.  What is in it is in *SLOT.
  */
 static uint64_t
 next_slot (const struct image_source *s, uint64_t nr, uint64_t end,
-           struct slot_pair *pair)
+           struct image_slot *slot)
 {
-  for (nr = map_next (s->map, nr); nr < end; nr = map_next (s->map, nr + 1)) {
-    *pair = slot_load (map_find (s->map, nr));
-    if (pair->state != 0)
-      return nr;
+  const struct image_data *data = s->of_base;
+
+  while (nr < end) {
+    uint64_t at = map_next (s->map, nr);
+    size_t run = 0;
+
+    if (data) {
+      run = find_data_run (data, nr * SLOT_BLOCKS);
+      if (run < data->nr_runs)
+        at = MIN (at, MAX (nr, data->runs[run].start / SLOT_BLOCKS));
+    }
+    if (at >= end)
+      break;
+
+    const struct slot *found = map_find (s->map, at);
+    slot->pair = found ? slot_load (found) : (struct slot_pair) { .place = 0 };
+    slot->of_base = 0;
+    if (data) {
+      slot->of_base
+        = data_blocks (data, run, at) & bitmap_holes (slot->pair.state);
+      slot->pair.state
+        = bitmap_set_allocated (slot->pair.state, slot->of_base);
+    }
+    if (slot->pair.state != 0)
+      return at;
+    nr = at + 1;
   }
   return end;
 }
@@ -183,9 +300,9 @@ take_cluster (struct finish *f, uint64_t *offset)
   return mark_bytes (f, *offset, f->s->geometry.cluster_size);
 }
 
-/* Write the L2 table of the slots from NR on.  PAIR is that of slot NR. */
+/* Write the L2 table of the slots from NR on.  SLOT is that of slot NR. */
 static int
-finish_l2_table (struct finish *f, uint64_t nr, struct slot_pair pair)
+finish_l2_table (struct finish *f, uint64_t nr, struct image_slot slot)
 {
   const struct qcow2_geometry *g = &f->s->geometry;
   const uint64_t l2 = nr / g->slots_per_l2;
@@ -202,11 +319,11 @@ finish_l2_table (struct finish *f, uint64_t nr, struct slot_pair pair)
   f->l1[l2] = qcow2_l1_entry (offset);
 
   while (nr < end) {
-    qcow2_encode_slot (g, table, nr % g->slots_per_l2, pair.state,
-                       pair.place * slot_size (f->s), QCOW2_SPACED);
-    if (mark_slot (f, pair) == -1)
+    qcow2_encode_slot (g, table, nr % g->slots_per_l2, slot.pair.state,
+                       slot.pair.place * slot_size (f->s), QCOW2_SPACED);
+    if (mark_slot (f, slot.pair) == -1)
       return -1;
-    nr = next_slot (f->s, nr + 1, end, &pair);
+    nr = next_slot (f->s, nr + 1, end, &slot);
   }
   return 0;
 }
@@ -215,14 +332,14 @@ static int
 finish_l2_tables (struct finish *f)
 {
   const uint64_t nr_slots = f->s->map->nr_slots;
-  struct slot_pair pair;
-  uint64_t nr = next_slot (f->s, 0, nr_slots, &pair);
+  struct image_slot slot;
+  uint64_t nr = next_slot (f->s, 0, nr_slots, &slot);
 
   while (nr < nr_slots) {
-    if (finish_l2_table (f, nr, pair) == -1)
+    if (finish_l2_table (f, nr, slot) == -1)
       return -1;
     nr = next_slot (f->s, l2_end (f->s, nr / f->s->geometry.slots_per_l2),
-                    nr_slots, &pair);
+                    nr_slots, &slot);
   }
   return 0;
 }
@@ -427,17 +544,17 @@ plan_data (struct image *im)
 {
   const struct qcow2_geometry *g = &im->s.geometry;
   const uint64_t nr_slots = im->s.map->nr_slots;
-  struct slot_pair pair;
+  struct image_slot slot;
 
   im->nr_l2 = im->nr_data = 0;
-  for (uint64_t nr = next_slot (&im->s, 0, nr_slots, &pair); nr < nr_slots;
-       nr = next_slot (&im->s, nr + 1, nr_slots, &pair)) {
+  for (uint64_t nr = next_slot (&im->s, 0, nr_slots, &slot); nr < nr_slots;
+       nr = next_slot (&im->s, nr + 1, nr_slots, &slot)) {
     const uint64_t l2 = nr / g->slots_per_l2;
 
     if ((im->nr_l2 == 0 || im->l2s[im->nr_l2 - 1].nr != l2)
         && plan_l2_table (im, l2) == -1)
       return -1;
-    im->nr_data += qcow2_data_clusters (g, pair.state);
+    im->nr_data += qcow2_data_clusters (g, slot.pair.state);
   }
   return 0;
 }
@@ -630,15 +747,16 @@ encode_l2_table (const struct image *im, uint64_t i, void *table)
   const uint64_t end = l2_end (&im->s, im->l2s[i].nr);
   uint64_t offset
     = (im->data_start + im->l2s[i].data_before) * g->cluster_size;
-  struct slot_pair pair;
+  struct image_slot slot;
 
   memset (table, 0, g->cluster_size);
   for (uint64_t nr
-       = next_slot (&im->s, im->l2s[i].nr * g->slots_per_l2, end, &pair);
-       nr < end; nr = next_slot (&im->s, nr + 1, end, &pair)) {
-    qcow2_encode_slot (g, table, nr % g->slots_per_l2, pair.state, offset,
+       = next_slot (&im->s, im->l2s[i].nr * g->slots_per_l2, end, &slot);
+       nr < end; nr = next_slot (&im->s, nr + 1, end, &slot)) {
+    qcow2_encode_slot (g, table, nr % g->slots_per_l2, slot.pair.state, offset,
                        QCOW2_PACKED);
-    offset += (uint64_t) qcow2_data_clusters (g, pair.state) * g->cluster_size;
+    offset
+      += (uint64_t) qcow2_data_clusters (g, slot.pair.state) * g->cluster_size;
   }
 }
 
@@ -677,103 +795,137 @@ find_l2_by_data (const struct image *im, uint64_t nr)
   return low;
 }
 
+/* Where the bytes of data clusters are. */
+enum data_source { IN_FILE, IN_BASE, NOWHERE /* they are zero */ };
+
 /* Bytes of data clusters that are wanted, and how far the walk over them is. */
 struct data_read {
   const struct image *im;
+  const struct image_reader *reader;
   char *buf;
   uint64_t start, end; /* wanted, from data_start on */
   uint64_t at;         /* where the next data cluster lies, likewise */
+
+  /* Found, and not read yet: the next piece may be read together with it. */
+  enum data_source source;
+  uint64_t offset; /* in the file or on the disk */
+  char *to;
+  uint64_t count;
 };
 
-/* COUNT bytes of the overlay file at FILE_OFFSET are the next ones of the image. */
 static int
-read_piece (struct data_read *d, uint64_t file_offset, uint64_t count)
+read_found (struct data_read *d)
+{
+  const uint64_t count = d->count;
+
+  d->count = 0;
+  if (count == 0)
+    return 0;
+  switch (d->source) {
+  case IN_FILE:
+    return d->reader->read_file (d->reader->opaque, d->to, count, d->offset);
+  case IN_BASE:
+    return d->reader->read_base (d->reader->opaque, d->to, count, d->offset);
+  case NOWHERE:
+  default:
+    memset (d->to, 0, count);
+    return 0;
+  }
+}
+
+/* The next COUNT bytes of the image are at OFFSET of SOURCE. */
+static int
+next_piece (struct data_read *d, enum data_source source, uint64_t offset,
+            uint64_t count)
 {
   const uint64_t from = MAX (d->start, d->at);
   const uint64_t to = MIN (d->end, d->at + count);
-  int r = 0;
 
-  if (from < to)
-    r = store_read (d->im->s.store, d->buf + (from - d->start), to - from,
-                    file_offset + (from - d->at));
+  offset += from - d->at;
   d->at += count;
-  return r;
+  if (from >= to)
+    return 0;
+  if (d->count > 0 && source == d->source && offset == d->offset + d->count) {
+    d->count += to - from;
+    return 0;
+  }
+  if (read_found (d) == -1)
+    return -1;
+  d->source = source;
+  d->offset = offset;
+  d->to = d->buf + (from - d->start);
+  d->count = to - from;
+  return 0;
 }
 
-/* Zeroes are the next bytes of the image. */
-static void
-skip_piece (struct data_read *d, uint64_t count)
-{
-  const uint64_t from = MAX (d->start, d->at);
-  const uint64_t to = MIN (d->end, d->at + count);
-
-  if (from < to)
-    memset (d->buf + (from - d->start), 0, to - from);
-  d->at += count;
-}
-
-/* The data clusters of a slot are the next ones.  (What they hold behind the end of
+/* The data clusters of slot NR are the next ones.  (What they hold behind the end of
  * the disk is zeroes, as blocks are written whole.)
  */
 static int
-read_slot (struct data_read *d, struct slot_pair pair)
+next_data_slot (struct data_read *d, uint64_t nr,
+                const struct image_slot *slot)
 {
   const struct image_source *s = &d->im->s;
-  const uint64_t block_size = s->geometry.block_size;
-  const uint32_t allocated = bitmap_allocated (pair.state);
-  unsigned block = 0;
+  const uint64_t bs = s->geometry.block_size;
+  const uint32_t in_file
+    = bitmap_allocated (slot->pair.state) & ~slot->of_base;
+  const uint32_t in_base = slot->of_base;
 
-  if (!allocated)
+  if (!(in_file | in_base))
     return 0;
-  while (block < SLOT_BLOCKS) {
-    const unsigned run = bitmap_run_of_ones (allocated, block);
-    const unsigned gap
-      = bitmap_run_of_ones (~allocated & bitmap_mask (0, SLOT_BLOCKS), block);
+  for (unsigned block = 0, run; block < SLOT_BLOCKS; block += run) {
+    const uint64_t in_slot = block * bs;
+    int r = 0;
 
-    if (run > 0
-        && read_piece (
-             d, pair.place * slot_size (s) + (uint64_t) block * block_size,
-             run * block_size)
-             == -1)
+    if ((run = bitmap_run_of_ones (in_file, block)) > 0)
+      r = next_piece (d, IN_FILE, slot->pair.place * slot_size (s) + in_slot,
+                      run * bs);
+    else if ((run = bitmap_run_of_ones (in_base, block)) > 0)
+      r = next_piece (d, IN_BASE, nr * slot_size (s) + in_slot, run * bs);
+    else {
+      run = bitmap_run_of_ones (~(in_file | in_base), block);
+      if (s->geometry.format == QCOW2_EXTENDED)
+        r = next_piece (d, NOWHERE, 0, run * bs);
+    }
+    if (r == -1)
       return -1;
-    if (s->geometry.format == QCOW2_EXTENDED)
-      skip_piece (d, gap * block_size);
-    block += run + gap;
   }
   return 0;
 }
 
 static int
-read_data (const struct image *im, char *buf, uint64_t start, uint64_t count)
+read_data (const struct image *im, const struct image_reader *reader,
+           char *buf, uint64_t start, uint64_t count)
 {
   const struct qcow2_geometry *g = &im->s.geometry;
   const uint64_t nr_slots = im->s.map->nr_slots;
   const uint64_t i = find_l2_by_data (im, start / g->cluster_size);
   struct data_read d = {
     .im = im,
+    .reader = reader,
     .buf = buf,
     .start = start,
     .end = start + count,
     .at = im->l2s[i].data_before * g->cluster_size,
   };
-  struct slot_pair pair;
+  struct image_slot slot;
 
   for (uint64_t nr
-       = next_slot (&im->s, im->l2s[i].nr * g->slots_per_l2, nr_slots, &pair);
+       = next_slot (&im->s, im->l2s[i].nr * g->slots_per_l2, nr_slots, &slot);
        d.at < d.end && nr < nr_slots;
-       nr = next_slot (&im->s, nr + 1, nr_slots, &pair)) {
-    if (read_slot (&d, pair) == -1)
+       nr = next_slot (&im->s, nr + 1, nr_slots, &slot)) {
+    if (next_data_slot (&d, nr, &slot) == -1)
       return -1;
   }
-  return 0;
+  return read_found (&d);
 }
 
 /* Read from one part: the bytes START .. START+COUNT-1 of it. */
 enum part { HEADER, REFTABLE, REFCOUNTS, L1, L2, DATA, PADDING };
 
 static int
-read_part (const struct image *im, enum part part, char *buf, uint64_t start,
-           uint64_t count)
+read_part (const struct image *im, const struct image_reader *reader,
+           enum part part, char *buf, uint64_t start, uint64_t count)
 {
   switch (part) {
   case HEADER:
@@ -791,7 +943,7 @@ read_part (const struct image *im, enum part part, char *buf, uint64_t start,
   case L2:
     return read_l2 (im, buf, start, count);
   case DATA:
-    return read_data (im, buf, start, count);
+    return read_data (im, reader, buf, start, count);
   case PADDING:
   default:
     memset (buf, 0, count);
@@ -800,7 +952,8 @@ read_part (const struct image *im, enum part part, char *buf, uint64_t start,
 }
 
 int
-image_read (const struct image *im, void *buf, size_t count, uint64_t offset)
+image_read (const struct image *im, const struct image_reader *reader,
+            void *buf, size_t count, uint64_t offset)
 {
   const uint64_t cluster = im->s.geometry.cluster_size;
   const uint64_t ends[] = {
@@ -818,7 +971,7 @@ image_read (const struct image *im, void *buf, size_t count, uint64_t offset)
     if (offset < ends[part]) {
       const uint64_t n = MIN (count, ends[part] - offset);
 
-      if (read_part (im, part, buf, offset - part_start, n) == -1)
+      if (read_part (im, reader, part, buf, offset - part_start, n) == -1)
         return -1;
       buf = (char *) buf + n;
       offset += n;

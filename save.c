@@ -2,6 +2,8 @@
 
 /* Saving overlays (see save.h).
  *
+ * Views are cut off first; from then on nobody else changes the overlay's file.
+ *
  * In place: the overlay's file is made in the directory of the target.  Its tables
  * are written, and it gets the target's name; no data is copied.  A stream, and
  * cow-save-compact, copy the image in the order of the disk.
@@ -46,8 +48,8 @@ struct save {
   char *temporary; /* a directory for what cannot be kept elsewhere, or NULL */
 };
 
-static int
-check_options (const struct save_options *o)
+int
+save_check_options (const struct save_options *o)
 {
   const bool names_one = o->backing && strcmp (o->backing, "none") != 0;
 
@@ -82,8 +84,6 @@ save_new (const struct save_options *options, const struct loads *loads,
   struct save *s;
   const char *name;
 
-  if (check_options (options) == -1)
-    return NULL;
   s = calloc (1, sizeof *s);
   if (!s) {
     nbdkit_error ("cow: out of memory");
@@ -244,31 +244,11 @@ job_failed (struct job *j, const char *format, ...)
   return -1;
 }
 
-/* Fill in the backing file. */
+/* For image_read: nobody else uses the file any more. */
 static int
-set_backing (struct job *j)
+read_file (void *store, void *buf, uint64_t count, uint64_t offset)
 {
-  const struct save_options *o = &j->s->options;
-
-  j->source.backing_format = o->backing_format ? o->backing_format : "raw";
-  if (o->backing && strcmp (o->backing, "none") == 0)
-    j->source.backing_format = NULL;
-  else if (o->backing)
-    j->source.backing_file = o->backing;
-  else {
-    /* Opens anywhere, and reads as zeroes, which null-co by itself does not. */
-    if (asprintf (&j->backing,
-                  "json:{\"driver\":\"raw\",\"file\":{\"driver\":\"null-co\","
-                  "\"size\":%" PRIu64 ",\"read-zeroes\":true}}",
-                  j->source.geometry.disk_size)
-        == -1) {
-      j->backing = NULL;
-      errno = ENOMEM;
-      return job_failed (j, "cannot save");
-    }
-    j->source.backing_file = j->backing;
-  }
-  return 0;
+  return store_read (store, buf, count, offset);
 }
 
 /* Write all of BUF to a descriptor that may be a pipe, and may not block. */
@@ -300,6 +280,8 @@ copy_out (struct job *j, int fd, const char *where)
 {
   CLEANUP_FREE char *buf = malloc (COPY_BYTES);
   struct image *image = buf ? image_plan (&j->source) : NULL;
+  const struct image_reader reader
+    = { .read_file = read_file, .opaque = j->source.store };
   int r = 0;
 
   if (!image)
@@ -308,7 +290,7 @@ copy_out (struct job *j, int fd, const char *where)
   for (uint64_t at = 0; at < image_size (image) && r == 0;) {
     const size_t n = MIN (COPY_BYTES, image_size (image) - at);
 
-    if (image_read (image, buf, n, at) == -1)
+    if (image_read (image, &reader, buf, n, at) == -1)
       r = job_failed (j, "cannot read the overlay");
     else if (write_all (fd, buf, n) == -1)
       r = job_failed (j, "cannot write to %s", where);
@@ -524,7 +506,11 @@ save_overlay (struct save *s, const struct loads *loads,
   CLEANUP_FREE char *path = NULL;
   int r;
 
-  r = set_backing (&j);
+  overlay_cut_views (overlay);
+  r = image_set_backing (&j.source, s->options.backing,
+                         s->options.backing_format, &j.backing);
+  if (r == -1)
+    job_failed (&j, "cannot save");
   if (r == 0 && s->target->kind == TARGET_STREAM)
     r = save_to_stream (&j);
   else if (r == 0) {

@@ -23,6 +23,9 @@ struct save_options {
   enum qcow2_l2_format format;
 };
 
+/* Do they make sense?  -1 if not, which was reported. */
+extern int save_check_options (const struct save_options *options);
+
 struct save;
 
 /* Look at the target and check all that can be checked.  To be called in

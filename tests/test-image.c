@@ -34,6 +34,15 @@ static struct tables tables;
 static struct image_source source;
 static uint32_t block_size;
 
+static int
+read_store (void *opaque, void *buf, uint64_t count, uint64_t offset)
+{
+  return store_read (opaque, buf, count, offset);
+}
+
+static const struct image_reader reader
+  = { .read_file = read_store, .opaque = &store };
+
 static uint64_t
 slot_bytes (void)
 {
@@ -305,7 +314,7 @@ read_planned (uint64_t *size)
   *size = image_size (image);
   buf = malloc (*size);
   assert_non_null (buf);
-  assert_int_equal (image_read (image, buf, *size, 0), 0);
+  assert_int_equal (image_read (image, &reader, buf, *size, 0), 0);
 
   /* Any piece is the same as in the whole. */
   seed = 7;
@@ -315,7 +324,7 @@ read_planned (uint64_t *size)
     const size_t count = MIN (*size - offset, wanted);
     CLEANUP_FREE char *piece = malloc (count);
 
-    assert_int_equal (image_read (image, piece, count, offset), 0);
+    assert_int_equal (image_read (image, &reader, piece, count, offset), 0);
     assert_memory_equal (piece, buf + offset, count);
   }
   image_free (image);
