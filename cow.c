@@ -29,6 +29,7 @@
 #include "lone.h"
 #include "overlays.h"
 #include "save.h"
+#include "views.h"
 
 /* The callbacks have the parameters that nbdkit gives them. */
 #pragma GCC diagnostic ignored "-Wunused-parameter"
@@ -51,8 +52,10 @@ static enum {
 static const char *cow_on_read_path;
 static enum scope cow_scope = SCOPE_EXPORT;
 static uint64_t cow_max_overlays = 1024;
+static bool cow_views;
 static struct save_options cow_save;
-static const char *save_detail; /* a cow-save-* that was given */
+static const char *save_detail; /* a cow-save-* that was given, */
+static const char *view_detail; /* one that is about images of views, too */
 static const char **cow_loads;
 static size_t nr_cow_loads;
 
@@ -68,9 +71,12 @@ static atomic_bool save_failed;
 
 /* A connection. */
 struct handle {
-  char *export_name;
+  char *export_name;           /* what there is an overlay for */
+  enum view_kind kind;         /* VIEW_NONE: the live disk */
   struct base base;            /* set by .prepare */
-  struct overlay_entry *entry; /* set by .prepare, NULL if that failed */
+  struct overlay_entry *entry; /* set by .prepare, NULL if that failed, or the
+                                * base is viewed */
+  struct view *view;           /* set by .prepare, NULL likewise */
 };
 
 /* A request, for -D cow.verbose=1; TEXT says with what options. */
@@ -200,13 +206,15 @@ parse_save (const char *key, const char *value)
   if (strncmp (key, "cow-save-", 9) != 0)
     return 1;
 
-  save_detail = key;
+  if (strcmp (key, "cow-save-compact") == 0) {
+    save_detail = key;
+    return parse_bool (key, value, &cow_save.compact);
+  }
+  view_detail = key;
   if (strcmp (key, "cow-save-backing") == 0)
     cow_save.backing = value;
   else if (strcmp (key, "cow-save-backing-format") == 0)
     cow_save.backing_format = value;
-  else if (strcmp (key, "cow-save-compact") == 0)
-    return parse_bool (key, value, &cow_save.compact);
   else if (strcmp (key, "cow-save-format") == 0)
     return parse_save_format (value);
   else
@@ -266,6 +274,8 @@ cow_config (nbdkit_next_config *next, nbdkit_backend *nxdata, const char *key,
     return parse_scope (value);
   if (strcmp (key, "cow-max-overlays") == 0)
     return parse_max_overlays (value);
+  if (strcmp (key, "cow-views") == 0)
+    return parse_bool (key, value, &cow_views);
   if (add_other (key, value) == -1)
     return -1;
   return next (nxdata, key, value);
@@ -280,6 +290,14 @@ cow_config_complete (nbdkit_next_config_complete *next, nbdkit_backend *nxdata)
                   save_detail);
     return -1;
   }
+  if (view_detail && !cow_save.target && !cow_views) {
+    nbdkit_error ("%s: says how to save, but not where to; add cow-save, or "
+                  "cow-views=true",
+                  view_detail);
+    return -1;
+  }
+  if (save_check_options (&cow_save) == -1)
+    return -1;
   if (cow_save.target && cow_scope == SCOPE_CONNECTION) {
     nbdkit_error ("cow-save=%s: cannot be used with cow-scope=connection, "
                   "which throws away each overlay when its client "
@@ -309,7 +327,10 @@ cow_config_complete (nbdkit_next_config_complete *next, nbdkit_backend *nxdata)
   "cow-save-compact=<BOOL>        Save a copy in the order of the disk.\n"    \
   "cow-save-format=portable|extended  Kind of L2 entries (portable).\n"       \
   "cow-scope=export|connection    What has an overlay of its own (export).\n" \
-  "cow-max-overlays=<N>           Most overlays at a time (default 1024)."
+  "cow-max-overlays=<N>           Most overlays at a time (default 1024).\n"  \
+  "cow-views=<BOOL>               Exports NAME@base, @snapshot, "             \
+  "@diff.qcow2\n"                                                             \
+  "                               and @full.qcow2 show what NAME is."
 
 /* Look at what is to be loaded, and where to save. */
 static int
@@ -340,8 +361,18 @@ cow_get_ready (int thread_model)
     .overlay = { .block_size = cow_block_size,
                  .detect_zeroes = cow_detect_zeroes,
                  .format = cow_save.format },
+    .view = { .block_size = cow_block_size,
+              .format = cow_save.format,
+              .backing = cow_save.backing,
+              .backing_format = cow_save.backing_format },
   };
 
+  if (cow_views && thread_model == NBDKIT_THREAD_MODEL_SERIALIZE_CONNECTIONS) {
+    nbdkit_error ("cow-views=true: the plugin, or a filter, serves one "
+                  "connection at a time, so that a view would wait for its "
+                  "disk to be disconnected; leave out cow-views");
+    return -1;
+  }
   if (overlays) {
     nbdkit_error ("cow: this filter can stand in front of a plugin only once; "
                   "leave out one --filter=cow");
@@ -408,20 +439,81 @@ cow_cleanup (nbdkit_backend *backend)
     ending_fail ();
 }
 
+static int
+cow_list_exports (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
+                  int readonly, int is_tls, struct nbdkit_exports *exports)
+{
+  if (next (nxdata, readonly, exports) == -1)
+    return -1;
+  if (!cow_views)
+    return 0;
+  if (overlays_list (overlays, exports) == -1)
+    return -1;
+  return views_list (exports);
+}
+
+/* Remember what "" means, for views of it. */
+static const char *
+cow_default_export (nbdkit_next_default_export *next, nbdkit_backend *nxdata,
+                    int readonly, int is_tls)
+{
+  const char *name = next (nxdata, readonly);
+
+  if (cow_views && name)
+    overlays_set_default_name (overlays, name);
+  return name;
+}
+
+/* Find out what NAME is a view of.  -1 if it is refused, which was reported. */
+static int
+parse_export_name (struct handle *h, const char *name)
+{
+  size_t length = strlen (name), ignored;
+
+  h->kind = cow_views ? view_of_name (name, &length) : VIEW_NONE;
+  h->export_name = length == 0 && h->kind != VIEW_NONE
+                     ? overlays_default_name (overlays)
+                     : strndup (name, length);
+  if (!h->export_name) {
+    nbdkit_error ("cow: out of memory");
+    return -1;
+  }
+  if (h->kind != VIEW_NONE
+      && view_of_name (h->export_name, &ignored) != VIEW_NONE) {
+    nbdkit_error ("cow: export refused: there are no views of a view");
+    return -1;
+  }
+  if (h->kind != VIEW_NONE && h->kind != VIEW_BASE
+      && cow_scope == SCOPE_CONNECTION) {
+    nbdkit_error ("cow: export refused: with cow-scope=connection each "
+                  "connection has a disk of its own, of which others have no "
+                  "view; use cow-scope=export");
+    return -1;
+  }
+  return 0;
+}
+
+static void
+free_handle (struct handle *h)
+{
+  free (h->export_name);
+  free (h);
+}
+
 static void *
 cow_open (nbdkit_next_open *next, nbdkit_context *context, int readonly,
           const char *export_name, int is_tls)
 {
-  /* The base is never written. */
-  if (next (context, 1, export_name) == -1)
-    return NULL;
-
   struct handle *h = calloc (1, sizeof *h);
-  if (h)
-    h->export_name = strdup (export_name);
-  if (!h || !h->export_name) {
+
+  if (!h) {
     nbdkit_error ("cow: out of memory");
-    free (h);
+    return NULL;
+  }
+  /* The base is never written. */
+  if (parse_export_name (h, export_name) == -1
+      || next (context, 1, h->export_name) == -1) {
+    free_handle (h);
     return NULL;
   }
   return h;
@@ -432,10 +524,13 @@ cow_close (void *handle)
 {
   struct handle *h = handle;
 
+  if (h->kind == VIEW_BASE)
+    view_free (h->view);
+  else if (h->view)
+    overlays_put_view (h->entry, h->view);
   if (h->entry)
     overlays_put (overlays, h->entry);
-  free (h->export_name);
-  free (h);
+  free_handle (h);
 }
 
 static int
@@ -445,9 +540,17 @@ cow_prepare (nbdkit_next *next, void *handle, int readonly)
 
   if (base_init (&h->base, next) == -1)
     return -1;
+  if (h->kind == VIEW_BASE) {
+    h->view = view_new (VIEW_BASE, NULL, NULL);
+    return h->view ? 0 : -1;
+  }
   h->entry = overlays_get (overlays, h->export_name, &h->base);
   if (!h->entry)
     return -1;
+  if (h->kind != VIEW_NONE) {
+    h->view = overlays_get_view (overlays, h->entry, h->kind);
+    return h->view ? 0 : -1;
+  }
   VERBOSE ("export \"%s\": connected, %" PRIu64 " bytes%s", h->export_name,
            h->base.size, readonly ? ", read only" : "");
   return 0;
@@ -458,7 +561,16 @@ cow_get_size (nbdkit_next *next, void *handle)
 {
   const struct handle *h = handle;
 
-  return (int64_t) h->base.size;
+  return h->view ? view_size (h->view, &h->base) : (int64_t) h->base.size;
+}
+
+static const char *
+cow_export_description (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->view ? view_description (h->kind)
+                 : next->export_description (next);
 }
 
 static int
@@ -473,13 +585,29 @@ cow_get_block_size (nbdkit_next *next, void *handle, uint32_t *minimum,
   return 0;
 }
 
-/* Can_write, can_flush, can_trim, can_fast_zero, can_extents.  With -r, nbdkit
+/* Can_flush, can_trim, can_fast_zero.  With -r, and of what cannot be written, nbdkit
  * itself refuses all that writes.
  */
 static int
 cow_can (nbdkit_next *next, void *handle)
 {
   return 1;
+}
+
+static int
+cow_can_write (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return !h->view;
+}
+
+static int
+cow_can_extents (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return !h->view || view_can_extents (h->view, &h->base);
 }
 
 static int
@@ -497,16 +625,20 @@ cow_can_fua (nbdkit_next *next, void *handle)
 static int
 cow_can_cache (nbdkit_next *next, void *handle)
 {
-  return NBDKIT_CACHE_NATIVE;
+  const struct handle *h = handle;
+
+  return h->view ? NBDKIT_CACHE_NONE : NBDKIT_CACHE_NATIVE;
 }
 
 static int
 cow_can_multi_conn (nbdkit_next *next, void *handle)
 {
+  const struct handle *h = handle;
+
   /* All connections to an export see the same disk, and what one of them wrote
-   * is seen by all as soon as it is acknowledged.
+   * is seen by all as soon as it is acknowledged.  Views do not change.
    */
-  return cow_scope == SCOPE_EXPORT;
+  return cow_scope == SCOPE_EXPORT || h->view;
 }
 
 static enum on_read
@@ -530,6 +662,8 @@ cow_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
   const struct handle *h = handle;
 
   log_request (h, "read", count, offset, "");
+  if (h->view)
+    return view_read (h->view, &h->base, buf, count, offset, err);
   return blk_read (overlay_of (h->entry), &h->base, on_read_now (), buf, count,
                    offset, err);
 }
@@ -600,6 +734,9 @@ cow_extents (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
 
   log_request (h, "extents of", count, offset,
                flags & NBDKIT_FLAG_REQ_ONE ? ", one" : "");
+  if (h->view)
+    return view_extents (h->view, &h->base, count, offset, flags, extents,
+                         err);
   return blk_extents (overlay_of (h->entry), &h->base, count, offset, flags,
                       extents, err);
 }
@@ -615,17 +752,20 @@ static struct nbdkit_filter filter = {
   .get_ready = cow_get_ready,
   .after_fork = cow_after_fork,
   .cleanup = cow_cleanup,
+  .list_exports = cow_list_exports,
+  .default_export = cow_default_export,
   .open = cow_open,
   .close = cow_close,
   .prepare = cow_prepare,
   .get_size = cow_get_size,
+  .export_description = cow_export_description,
   .block_size = cow_get_block_size,
-  .can_write = cow_can,
+  .can_write = cow_can_write,
   .can_flush = cow_can,
   .can_trim = cow_can,
   .can_zero = cow_can_zero,
   .can_fast_zero = cow_can,
-  .can_extents = cow_can,
+  .can_extents = cow_can_extents,
   .can_fua = cow_can_fua,
   .can_multi_conn = cow_can_multi_conn,
   .can_cache = cow_can_cache,

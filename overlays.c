@@ -39,7 +39,11 @@ struct overlay_entry {
   char *name;              /* of the export; constant */
   struct overlay *overlay; /* constant */
   uint64_t users;          /* connections; guarded by the set's lock */
-  pthread_mutex_t lock;    /* held while it is loaded */
+  pthread_mutex_t lock;    /* held while it is loaded; guards views */
+  struct shared_view {
+    struct view *view; /* NULL: nobody has it */
+    uint64_t users;    /* connections */
+  } views[NR_VIEWS];
   _Atomic enum entry_state {
     ENTRY_NEW,
     ENTRY_READY,  /* loaded, if there was something */
@@ -51,12 +55,13 @@ struct overlays {
   struct overlays_options options; /* constant */
   char *dir;                       /* constant: of the overlay files */
   pthread_mutex_t lock;            /* guards what follows */
-  void *by_name;  /* tree (tsearch) of those of SCOPE_EXPORT */
-  uint64_t count; /* of all overlays */
-  bool ending;    /* no new users */
-  bool had_user;  /* somebody has had an overlay, loaded; */
-  uint64_t size;  /* that was the size of its disk */
-  bool saved;     /* the one image, if there is one */
+  void *by_name;      /* tree (tsearch) of those of SCOPE_EXPORT */
+  uint64_t count;     /* of all overlays */
+  bool ending;        /* no new users */
+  bool had_user;      /* somebody has had an overlay, loaded; */
+  uint64_t size;      /* that was the size of its disk */
+  bool saved;         /* the one image, if there is one */
+  char *default_name; /* of the plugin's default export; NULL: nobody asked */
 };
 
 static void
@@ -159,6 +164,7 @@ overlays_free (struct overlays *s)
   pthread_mutex_destroy (&s->lock);
   save_free (s->options.save);
   loads_free (s->options.loads);
+  free (s->default_name);
   free (s->dir);
   free (s);
 }
@@ -388,6 +394,133 @@ struct overlay *
 overlay_of (const struct overlay_entry *entry)
 {
   return entry->overlay;
+}
+
+/*----------------------------------------------------------------------
+ * Views
+ */
+
+struct view *
+overlays_get_view (struct overlays *s, struct overlay_entry *entry,
+                   enum view_kind kind)
+{
+  LOCK_FOR_SCOPE (&entry->lock);
+
+  struct shared_view *shared = &entry->views[kind];
+
+  if (!shared->view) {
+    shared->view = view_new (kind, entry->overlay, &s->options.view);
+    if (!shared->view)
+      return NULL;
+    VERBOSE ("export \"%s\": frozen for %s", entry->name,
+             view_description (kind));
+  }
+  shared->users++;
+  return shared->view;
+}
+
+void
+overlays_put_view (struct overlay_entry *entry, struct view *view)
+{
+  {
+    LOCK_FOR_SCOPE (&entry->lock);
+
+    struct shared_view *shared = entry->views;
+
+    while (shared->view != view)
+      shared++;
+    if (--shared->users > 0)
+      return;
+    shared->view = NULL;
+  }
+  view_free (view);
+}
+
+void
+overlays_set_default_name (struct overlays *s, const char *name)
+{
+  LOCK_FOR_SCOPE (&s->lock);
+
+  if (s->default_name && strcmp (s->default_name, name) == 0)
+    return;
+  free (s->default_name);
+  s->default_name = strdup (name); /* without memory, as if nobody had asked */
+}
+
+char *
+overlays_default_name (struct overlays *s)
+{
+  LOCK_FOR_SCOPE (&s->lock);
+
+  return strdup (s->default_name ? s->default_name : "");
+}
+
+/* A copy of the names that have an overlay. */
+struct name_list {
+  char **names; /* NULL: there was no memory */
+  size_t count;
+};
+
+static void
+add_name (const void *node, VISIT which, void *list_)
+{
+  struct name_list *list = list_;
+
+  if (which != postorder && which != leaf)
+    return;
+  const struct overlay_entry *entry = *(struct overlay_entry *const *) node;
+  list->names[list->count] = strdup (entry->name);
+  if (list->names[list->count])
+    list->count++;
+}
+
+/* The set's lock is not held while nbdkit is called. */
+static struct name_list
+copy_names (struct overlays *s)
+{
+  struct name_list list = { .count = 0 };
+
+  LOCK_FOR_SCOPE (&s->lock);
+
+  list.names = calloc (s->count + 1, sizeof *list.names);
+  if (list.names)
+    twalk_r (s->by_name, add_name, &list);
+  return list;
+}
+
+static int
+compare_texts (const void *a, const void *b)
+{
+  return strcmp (*(const char *const *) a, *(const char *const *) b);
+}
+
+int
+overlays_list (struct overlays *s, struct nbdkit_exports *exports)
+{
+  struct name_list list = copy_names (s);
+  const size_t nr_known = nbdkit_exports_count (exports);
+  CLEANUP_FREE const char **known = calloc (nr_known + 1, sizeof *known);
+  int r = 0;
+
+  if (!list.names || !known) {
+    nbdkit_error ("cow: out of memory");
+    r = -1;
+  }
+  else {
+    for (size_t i = 0; i < nr_known; ++i)
+      known[i] = nbdkit_get_export (exports, i).name;
+    qsort (known, nr_known, sizeof *known, compare_texts);
+  }
+  for (size_t i = 0; i < list.count; ++i) {
+    const char *name = list.names[i];
+
+    if (r == 0 && nbdkit_exports_count (exports) < MAX_EXPORTS
+        && !bsearch (&name, known, nr_known, sizeof *known, compare_texts))
+      r = nbdkit_add_export (exports, name, NULL);
+    free (list.names[i]);
+  }
+  free (list.names);
+  return r;
 }
 
 /*----------------------------------------------------------------------

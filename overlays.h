@@ -10,6 +10,7 @@
 
 #include "base.h"
 #include "blk.h"
+#include "views.h"
 
 struct loads;
 struct overlays;
@@ -27,6 +28,7 @@ struct overlays_options {
   struct overlay_options overlay; /* its dir and fate are not looked at */
   struct save *save;              /* NULL: they are thrown away */
   struct loads *loads;
+  struct view_options view; /* of the images of views */
 };
 
 /* The set of all overlays of a server.  It owns OPTIONS->save and loads from now
@@ -55,6 +57,28 @@ extern void overlays_put (struct overlays *overlays,
 
 /* What overlays_get got. */
 extern struct overlay *overlay_of (const struct overlay_entry *entry);
+
+/* The view of what overlays_get got, as of the moment at which the first of those
+ * connected who have it now.  It stays until overlays_put_view, and OVERLAYS_PUT must
+ * come after that.  NULL if the connection is to be refused, which was reported.
+ */
+extern struct view *overlays_get_view (struct overlays *overlays,
+                                       struct overlay_entry *entry,
+                                       enum view_kind kind);
+extern void overlays_put_view (struct overlay_entry *entry, struct view *view);
+
+/* The name of the plugin's default export, as far as it is known; "" is one too.
+ * overlays_default_name returns a copy that the caller frees, or NULL and ENOMEM.
+ */
+extern void overlays_set_default_name (struct overlays *overlays,
+                                       const char *name);
+extern char *overlays_default_name (struct overlays *overlays);
+
+/* Add to EXPORTS the names that have an overlay and are not in it, while there is room.
+ * -1 if there is no memory, which was reported.
+ */
+extern int overlays_list (struct overlays *overlays,
+                          struct nbdkit_exports *exports);
 
 /* The server ends: freeze all overlays, refuse new connections, and save what is
  * to be saved.  Clients may still be connected, and requests be under way.  To be

@@ -11,7 +11,7 @@ packages_to_build="gcc libc6-dev make autoconf automake libtool pkgconf perl
 packages_to_demonstrate="libnbd-bin qemu-utils e2fsprogs"
 
 packages_to_test="$packages_to_demonstrate
-    python3-libnbd libcmocka-dev libnbd-dev binutils fio fuse3 procps
+    python3-libnbd libcmocka-dev libnbd-dev binutils fio fuse3 jq procps
     libvirt-clients qemu-system-x86 restic strace util-linux xz-utils"
 
 # What is only asked of each change, in .ci/run: other programs that read images

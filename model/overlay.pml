@@ -4,7 +4,7 @@
  * map and to the bytes of the file, and which locks they hold meanwhile.
  *
  * Checked exhaustively by spin, see README for what is modelled and how it is
- * run.  The rules are those of HACKING and of DESIGN ("What makes it correct",
+ * run.  The rules are those of HACKING ("What makes it correct",
  * "Freezing"); comments call them by number, and F stands for "Freezing".
  *
  * The disk has two slots of two blocks of two bytes: bytes 0 .. 3 are slot 0,
@@ -47,10 +47,9 @@
  *   STRIPES         slot locks: 1 (both slots have the same) or 2
  *   LEAVES          leaves: 1 (both slots are in the same) or 2
  *   NPLACE          places of the file; a request that gets none fails
- *   ALL_SPACE       two additions to DESIGN, see README: a release also
- *                   punches blocks that were zeroed while their place was
- *                   shared, and a zero punches in a shared place the blocks
- *                   that no frozen map has allocated
+ *   ALL_SPACE       see README: a release also punches blocks that were zeroed
+ *                   while their place was shared, and a zero punches in a shared
+ *                   place the blocks that no frozen map has allocated
  *   SPACE           at the end, what is not allocated has no bytes (not where
  *                   a write without slot lock may meet a zero)
  *   NODE_REUSE      a freed node is given out again at once.  Else it never

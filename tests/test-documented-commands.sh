@@ -14,6 +14,7 @@ requires nbdinfo --version
 requires xz --version
 requires restic version
 requires virsh --version
+requires jq --version
 
 # The servers are stopped as soon as a command has ended, and nbdkit does not free
 # a connection that has not quite ended then.
@@ -24,7 +25,8 @@ real_qemu=$(command -v qemu-system-x86_64)
 mkdir "$tmp/bin" "$tmp/made" "$tmp/work"
 cat >"$tmp/bin/nbdkit" <<END
 #!/usr/bin/env bash
-exec $TEST_WRAPPER $real_nbdkit -P $tmp/pid "\${@/#--filter=cow/--filter=$FILTER}"
+set -- "\${@/#--filter=cow/--filter=$FILTER}"
+exec $TEST_WRAPPER $real_nbdkit -P $tmp/pid "\${@/#\/dev\/rbd\/pool\/disk@tuesday/disk.img}"
 END
 cat >"$tmp/bin/qemu-system-x86_64" <<END
 #!/usr/bin/env bash
@@ -36,6 +38,11 @@ END
 cat >"$tmp/bin/ssh" <<END
 #!/usr/bin/env bash
 [ \$# -eq 2 ] && [ "\$1" = backup ] && cd "$tmp/backup" && exec bash -c "\$2"
+END
+cat >"$tmp/bin/rbd" <<'END'
+#!/usr/bin/env bash
+[ "$*" = "diff --format json --from-snap monday pool/disk@tuesday" ] || exit
+echo '[{"offset":0,"length":65536,"exists":"true"},{"offset":524288,"length":65536,"exists":"false"}]'
 END
 cat >"$tmp/made/job" <<'END'
 #!/usr/bin/env bash
@@ -216,6 +223,88 @@ run <<'END'
 nbdkit -U scratch.sock --filter=cow file disk.img cow-scope=connection
 END
 
+#---------------------------------------------------------------- VIEWS --
+
+fresh
+run <<'END'
+nbdkit -U disk.sock --filter=cow file disk.img cow-views=true
+END
+run <<'END'
+nbdinfo --list 'nbd+unix://?socket=disk.sock'
+END
+./job 'nbd+unix:///?socket=disk.sock'
+run <<'END'
+nbdcopy 'nbd+unix:///@diff.qcow2?socket=disk.sock' diff.qcow2
+END
+is_the_disk diff.qcow2
+run <<'END'
+nbdcopy 'nbd+unix:///@full.qcow2?socket=disk.sock' full.qcow2
+END
+qemu-img compare -q -f qcow2 -F raw full.qcow2 seen.img || die "not the full disk"
+run <<'END'
+qemu-img map -f qcow2 'nbd+unix:///@diff.qcow2?socket=disk.sock'
+END
+run <<'END'
+qemu-img compare -f qcow2 -F raw 'nbd+unix:///@full.qcow2?socket=disk.sock' seen.img
+END
+run <<'END'
+qemu-system-x86_64 -m 1G -drive file='nbd+unix:///?socket=disk.sock',format=raw,if=virtio &
+END
+run <<'END'
+nbdcopy 'nbd+unix:///@snapshot?socket=disk.sock' - | restic backup --stdin --stdin-filename disk.img
+END
+wait $!
+restic dump latest disk.img | cmp - seen.img || die "the backup is not the disk"
+
+# Two minutes.
+fresh
+run <<'END'
+nbdkit -U farm.sock --filter=cow file golden.img cow-views=true
+END
+run <<'END'
+./job 'nbd+unix:///web1?socket=farm.sock' &
+END
+wait $!
+minutes=0
+sleep ()
+{
+    minutes=$((minutes + 1))
+    [ $minutes -le 2 ]
+}
+run <<'END'
+while sleep 60; do nbdcopy 'nbd+unix:///web1@diff.qcow2?socket=farm.sock' web1-$(date +%H%M).qcow2; done
+END
+unset -f sleep
+for diff in web1-*.qcow2; do
+    is_the_disk "$diff"
+done
+
+# The disk of Monday is the base; two ranges are other ones on Tuesday.
+fresh
+qemu-img convert -f raw -O qcow2 disk.img "$tmp/backup/monday.qcow2"
+printf 'tuesday' | dd of=disk.img bs=1 seek=12345 conv=notrunc status=none
+dd if=/dev/zero of=disk.img bs=65536 seek=8 count=1 conv=notrunc status=none
+before=$(fingerprint disk.img)
+run <<'END'
+rbd diff --format json --from-snap monday pool/disk@tuesday >changes.json
+END
+run <<'END'
+jq -r '.[] | "\(.offset) \(.length)"' changes.json >changes.list
+END
+run <<'END'
+nbdkit -U disk.sock --filter=cow --filter=extentlist \
+    file /dev/rbd/pool/disk@tuesday extentlist=changes.list cow-views=true
+END
+run <<'END'
+nbdcopy 'nbd+unix:///@full.qcow2?socket=disk.sock' - | ssh backup 'cat >tuesday.qcow2'
+END
+[ "$(stat -c %s "$tmp/backup/tuesday.qcow2")" -lt 300000 ] || die "too much was sent"
+mv "$tmp/backup/"*.qcow2 .
+run <<'END'
+qemu-img rebase -u -b monday.qcow2 -F qcow2 tuesday.qcow2
+END
+qemu-img compare -q -f qcow2 -F raw tuesday.qcow2 disk.img || die "not the disk of Tuesday"
+
 #------------------------------------------------------------ STREAMING --
 
 fresh
@@ -336,7 +425,7 @@ builds='^(autoreconf -i|\./configure|make|sudo make install|\./quickstart.*|\./r
     join <"$test_dir/../nbdkit-cow-filter.pod" |
         sed -nE '/^=head1 DESCRIPTION/,$ s/^ ([^ <].*)/\1/p'
 } >"$tmp/documented"
-[ "$(wc -l <"$tmp/documented")" -ge 45 ] || die "the commands were not found"
+[ "$(wc -l <"$tmp/documented")" -ge 60 ] || die "the commands were not found"
 while IFS= read -r line; do
     [[ ! $line =~ $builds ]] || continue
     grep -qxF -e "$line" "$commands" || die "documented but not run: $line"
