@@ -5,7 +5,12 @@
  * nbdkit has its handlers of signals installed when .after_fork is called.  Ours
  * stand in front of them: they wake a thread through an eventfd, and call
  * nbdkit's.  All that they use stays as long as the process: the filter is linked
- * with -z nodelete, and the eventfd is never closed.
+ * with -z nodelete, and the eventfds are never closed.
+ *
+ * nbdkit may also end itself by abort: 1.32 does when a client is killed that waits
+ * for several answers, of which other threads are sending some.  The memory is sound
+ * then, so the handler of SIGABRT lets the thread do its work before it goes on.  It
+ * does not wait for ever, as what aborts may hold a lock.
  *
  * What is here belongs to the process, as signals do, and so is static.
  */
@@ -13,6 +18,7 @@
 #include <config.h>
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -30,18 +36,22 @@ static const int signals[] = { SIGINT, SIGQUIT, SIGTERM, SIGHUP };
 
 /* Set before the handlers are installed, and constant from then on. */
 static int event = -1;
+static int done_event = -1; /* can be read when the thread has done its work */
 static struct sigaction old_actions[NR_SIGNALS];
 
 /* Main thread only. */
 static bool watching;
 static pthread_t thread;
 
+/* How long an abort waits. */
+#define ABORT_MILLISECONDS (5 * 60 * 1000)
+
 static void
-wake_thread (void)
+signal_event (int fd)
 {
   const uint64_t one = 1;
 
-  while (write (event, &one, sizeof one) == -1 && errno == EINTR)
+  while (write (fd, &one, sizeof one) == -1 && errno == EINTR)
     ;
 }
 
@@ -50,12 +60,27 @@ handle_signal (int number)
 {
   const int err = errno;
 
-  wake_thread ();
+  signal_event (event);
   for (size_t i = 0; i < NR_SIGNALS; ++i)
     if (signals[i] == number && old_actions[i].sa_handler != SIG_DFL
         && old_actions[i].sa_handler != SIG_IGN)
       old_actions[i].sa_handler (number);
   errno = err;
+}
+
+static void
+handle_abort (int number)
+{
+  struct pollfd done = { .fd = done_event, .events = POLLIN };
+
+  if (!pthread_equal (pthread_self (), thread)) {
+    signal_event (event);
+    while (poll (&done, 1, ABORT_MILLISECONDS) == -1 && errno == EINTR)
+      ;
+  }
+  /* The signal may have come from outside. */
+  (void) signal (number, SIG_DFL);
+  (void) raise (number);
 }
 
 static void *
@@ -66,6 +91,7 @@ wait_for_event (void *function)
   while (read (event, &count, sizeof count) == -1 && errno == EINTR)
     ;
   (*(void (**) (void)) function) ();
+  signal_event (done_event);
   return NULL;
 }
 
@@ -85,6 +111,8 @@ start_thread (void (**function) (void))
 static int
 install_handlers (void)
 {
+  struct sigaction on_abort = { .sa_handler = handle_abort };
+
   for (size_t i = 0; i < NR_SIGNALS; ++i) {
     struct sigaction action;
 
@@ -96,7 +124,7 @@ install_handlers (void)
     if (sigaction (signals[i], &action, NULL) == -1)
       return -1;
   }
-  return 0;
+  return sigaction (SIGABRT, &on_abort, NULL);
 }
 
 int
@@ -107,7 +135,8 @@ ending_watch (void (*function) (void))
 
   to_call = function;
   event = eventfd (0, EFD_CLOEXEC);
-  if (event == -1)
+  done_event = eventfd (0, EFD_CLOEXEC);
+  if (event == -1 || done_event == -1)
     return -1;
   err = start_thread (&to_call);
   if (err) {
@@ -123,7 +152,7 @@ ending_finish (void)
 {
   if (!watching)
     return;
-  wake_thread ();
+  signal_event (event);
   pthread_join (thread, NULL);
   watching = false;
 }

@@ -10,7 +10,7 @@
 #define COW_ENDING_H
 
 /* Call FUNCTION, once and in a thread of its own, as soon as the server is told to
- * stop.  To be called in .after_fork, once.  -1 and errno.
+ * stop, or aborts.  To be called in .after_fork, once.  -1 and errno.
  */
 extern int ending_watch (void (*function) (void));
 

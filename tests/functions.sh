@@ -227,7 +227,8 @@ end_nbdkit ()
     nbdkit_ended "$want"
 }
 
-# nbdkit_ended [STATUS]: the server started last ends by itself now, with STATUS (0).
+# nbdkit_ended [STATUS...]: the server started last ends by itself now, with one of
+# these (0).
 nbdkit_ended ()
 {
     local child=${_servers[$server]} i status=0
@@ -238,9 +239,15 @@ nbdkit_ended ()
     ! kill -0 "$child" 2>/dev/null || die "the server did not end"
     unset "_servers[$server]"
     wait "$child" || status=$?
-    [ $status -eq "${1:-0}" ] ||
-        die "the server ended with status $status, not ${1:-0}"
+    [[ " ${*:-0} " == *" $status "* ]] ||
+        die "the server ended with status $status, not ${*:-0}"
     no_sanitizer_report "$log" || die "in $log"
+}
+
+# view NAME: the URI of an export of the server started last, as "@snapshot".
+view ()
+{
+    echo "nbd+unix:///$1?socket=$sock"
 }
 
 # sound_diff FILE: FILE is a qcow2 image that qemu finds nothing wrong with, and that
@@ -620,6 +627,28 @@ class Log:
         """Waits until the base has been asked nr requests since the mark."""
         until(lambda: len(self.requests()) >= nr,
               "%d requests to the base" % nr)
+
+
+def pipes():
+    """How many ends of pipes the server has, two of them for each connection."""
+    found = 0
+    fds = "/proc/%s/fd" % os.environ["pid"]
+    for fd in os.listdir(fds):
+        try:
+            found += os.readlink(fds + "/" + fd).startswith("pipe:")
+        except FileNotFoundError:
+            pass
+    return found
+
+
+def leave(*handles):
+    """Disconnects, and waits until the server has closed these connections.  (One that
+    serves one request after the other has no pipes for them.)
+    """
+    left = pipes() - 2 * len(handles)
+    for h in handles:
+        h.shutdown()
+    until(lambda: pipes() <= left, "the end of %d connections" % len(handles))
 
 
 def overlays(directory):
