@@ -399,17 +399,16 @@ change_take_places (struct change *c)
 
 /* To the fresh place of a slot that was shared, bring along the bytes of those
  * allocated blocks that the request, OFFSET .. END-1, neither covers wholly nor makes
- * zero.  What was shared does not change, so that they can be copied while others
- * read them.  0 or an errno value.
+ * zero.  (That goes for the block that ends the disk too, as the request has no bytes
+ * for what lies behind the end.)  What was shared does not change, so that they can be
+ * copied while others read them.  0 or an errno value.
  */
 static int
 change_bring (const struct change *c, uint64_t offset, uint64_t end)
 {
   const struct overlay *o = c->o;
   const uint64_t covered_start = ROUND_UP (offset, block_size (o));
-  const uint64_t covered_end = end == o->size
-                                 ? ROUND_UP (end, block_size (o))
-                                 : ROUND_DOWN (end, block_size (o));
+  const uint64_t covered_end = ROUND_DOWN (end, block_size (o));
 
   for (size_t i = 0; i < c->count; ++i) {
     const struct slot_change *s = &c->slots[i];
