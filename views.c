@@ -81,7 +81,13 @@ views_list (struct nbdkit_exports *exports)
   const size_t longest = 4096; /* what NBD allows */
   const size_t nr_names = nbdkit_exports_count (exports);
 
-  for (size_t i = 0; i < nr_names; ++i)
+  for (size_t i = 0; i < nr_names; ++i) {
+    size_t length;
+
+    /* There are no views of what looks like a view. */
+    if (view_of_name (nbdkit_get_export (exports, i).name, &length)
+        != VIEW_NONE)
+      continue;
     for (enum view_kind kind = 0; kind < NR_VIEWS; ++kind) {
       CLEANUP_FREE char *name = NULL;
 
@@ -98,6 +104,7 @@ views_list (struct nbdkit_exports *exports)
           && nbdkit_add_export (exports, name, kinds[kind].description) == -1)
         return -1;
     }
+  }
   return 0;
 }
 
