@@ -20,6 +20,7 @@
 bool short_transfers, fail_punches, no_tmpfile, no_seek_data;
 atomic_uint nr_punches;
 atomic_ullong longest_punch;
+atomic_ullong bytes_read_from_files;
 static int last_file = -1;
 
 static int calls_left;
@@ -186,7 +187,12 @@ __wrap_pread (int fd, void *buf, size_t count, off_t offset)
   maybe_interrupt (false);
   if (fails () || interrupted ())
     return -1;
-  return __real_pread (fd, buf, shortened (count), offset);
+
+  const ssize_t r = __real_pread (fd, buf, shortened (count), offset);
+
+  if (r > 0)
+    bytes_read_from_files += (unsigned long long) r;
+  return r;
 }
 
 ssize_t

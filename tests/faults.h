@@ -41,6 +41,9 @@ extern bool fail_punches;
 extern atomic_uint nr_punches;
 extern atomic_ullong longest_punch; /* in bytes */
 
+/* Bytes that were read from files. */
+extern atomic_ullong bytes_read_from_files;
+
 /* Bytes that the file takes which was opened last. */
 extern unsigned long long bytes_of_last_file (void);
 
