@@ -147,6 +147,24 @@ END
     sound_diff "$tmp/viewed"
 done
 
+# The last block, of which the disk has 700 bytes, is written anew in a slot that a view
+# has: in the image it is whole.
+start_nbdkit pattern 1049276 cow-views=true cow-save=/dev/fd/9 9>"$tmp/streamed"
+py <<'END'
+h = connect()
+h.pwrite(b"1" * 700, M)
+first = connect("@diff.qcow2")
+h.pwrite(b"2" * 700, M)
+leave(h, first)
+END
+nbdcopy "$(view @diff.qcow2)" "$tmp/viewed"
+nbdcopy "$uri" "$tmp/shown"
+clients_have_gone
+stop_nbdkit
+cmp "$tmp/streamed" "$tmp/viewed" || die "the last block: the stream is not what the view was"
+base_file "$tmp/base" 1049276
+diff_is "$tmp/viewed" "$tmp/base" "$tmp/shown"
+
 # Without cow-save as well, and there the parameters say what the view is like.
 start_nbdkit pattern 1M cow-views=true cow-save-backing=golden.qcow2 \
     cow-save-backing-format=qcow2 cow-save-format=extended
