@@ -37,7 +37,8 @@ static const int signals[] = { SIGINT, SIGQUIT, SIGTERM, SIGHUP };
 /* Set before the handlers are installed, and constant from then on. */
 static int event = -1;
 static int done_event = -1; /* can be read when the thread has done its work */
-static struct sigaction old_actions[NR_SIGNALS];
+static pid_t process;       /* not a child that a plugin has forked */
+static struct sigaction old_actions[NR_SIGNALS], old_on_abort;
 
 /* Main thread only. */
 static bool watching;
@@ -60,7 +61,8 @@ handle_signal (int number)
 {
   const int err = errno;
 
-  signal_event (event);
+  if (getpid () == process)
+    signal_event (event);
   for (size_t i = 0; i < NR_SIGNALS; ++i)
     if (signals[i] == number && old_actions[i].sa_handler != SIG_DFL
         && old_actions[i].sa_handler != SIG_IGN)
@@ -73,13 +75,13 @@ handle_abort (int number)
 {
   struct pollfd done = { .fd = done_event, .events = POLLIN };
 
-  if (!pthread_equal (pthread_self (), thread)) {
+  if (getpid () == process && !pthread_equal (pthread_self (), thread)) {
     signal_event (event);
     while (poll (&done, 1, ABORT_MILLISECONDS) == -1 && errno == EINTR)
       ;
   }
   /* The signal may have come from outside. */
-  (void) signal (number, SIG_DFL);
+  sigaction (number, &old_on_abort, NULL);
   (void) raise (number);
 }
 
@@ -124,7 +126,7 @@ install_handlers (void)
     if (sigaction (signals[i], &action, NULL) == -1)
       return -1;
   }
-  return sigaction (SIGABRT, &on_abort, NULL);
+  return sigaction (SIGABRT, &on_abort, &old_on_abort);
 }
 
 int
@@ -134,6 +136,7 @@ ending_watch (void (*function) (void))
   int err;
 
   to_call = function;
+  process = getpid ();
   event = eventfd (0, EFD_CLOEXEC);
   done_event = eventfd (0, EFD_CLOEXEC);
   if (event == -1 || done_event == -1)
