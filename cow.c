@@ -439,6 +439,25 @@ cow_cleanup (nbdkit_backend *backend)
     ending_fail ();
 }
 
+/* What is below puts the name of its default export behind the COUNT names of its list
+ * if it is asked to.
+ */
+static void
+learn_default_name (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
+                    int readonly, size_t count)
+{
+  struct nbdkit_exports *exports = nbdkit_exports_new ();
+
+  if (exports && nbdkit_use_default_export (exports) == 0
+      && next (nxdata, readonly, exports) == 0
+      && nbdkit_exports_count (exports) > 0
+      && nbdkit_exports_count (exports) >= count)
+    overlays_set_default_name (
+      overlays,
+      nbdkit_get_export (exports, nbdkit_exports_count (exports) - 1).name);
+  nbdkit_exports_free (exports);
+}
+
 static int
 cow_list_exports (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
                   int readonly, int is_tls, struct nbdkit_exports *exports)
@@ -447,9 +466,14 @@ cow_list_exports (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
     return -1;
   if (!cow_views)
     return 0;
+  if (!overlays_know_default_name (overlays)
+      && nbdkit_exports_count (exports) < MAX_EXPORTS)
+    learn_default_name (next, nxdata, readonly,
+                        nbdkit_exports_count (exports));
   if (overlays_list (overlays, exports) == -1)
     return -1;
-  return views_list (exports);
+  return views_list (exports,
+                     cow_scope == SCOPE_EXPORT ? NR_VIEWS - 1 : VIEW_BASE);
 }
 
 /* Remember what "" means, for views of it. */
@@ -471,13 +495,12 @@ parse_export_name (struct handle *h, const char *name)
   size_t length = strlen (name), ignored;
 
   h->kind = cow_views ? view_of_name (name, &length) : VIEW_NONE;
-  h->export_name = length == 0 && h->kind != VIEW_NONE
-                     ? overlays_default_name (overlays)
-                     : strndup (name, length);
-  if (!h->export_name) {
+  if (length == 0 && h->kind != VIEW_NONE && h->kind != VIEW_BASE)
+    h->export_name = overlays_default_name (overlays);
+  else if (!(h->export_name = strndup (name, length)))
     nbdkit_error ("cow: out of memory");
+  if (!h->export_name)
     return -1;
-  }
   if (h->kind != VIEW_NONE
       && view_of_name (h->export_name, &ignored) != VIEW_NONE) {
     nbdkit_error ("cow: export refused: there are no views of a view");

@@ -162,6 +162,24 @@ next_slot (const struct image_source *s, uint64_t nr, uint64_t end,
   return end;
 }
 
+/* How many slots from NR on, before END, are all data of the base, as nothing near them
+ * was ever written.
+ */
+static uint64_t
+whole_slots_of_base (const struct image_source *s, uint64_t nr, uint64_t end)
+{
+  const struct image_data *data = s->of_base;
+
+  if (!data)
+    return 0;
+  const size_t run = find_data_run (data, nr * SLOT_BLOCKS);
+  if (run == data->nr_runs || data->runs[run].start > nr * SLOT_BLOCKS)
+    return 0;
+  end = MIN (end,
+             MIN (map_next (s->map, nr), data->runs[run].end / SLOT_BLOCKS));
+  return end > nr ? end - nr : 0;
+}
+
 static uint64_t
 slot_size (const struct image_source *s)
 {
@@ -545,16 +563,18 @@ plan_data (struct image *im)
   const struct qcow2_geometry *g = &im->s.geometry;
   const uint64_t nr_slots = im->s.map->nr_slots;
   struct image_slot slot;
+  uint64_t count;
 
   im->nr_l2 = im->nr_data = 0;
   for (uint64_t nr = next_slot (&im->s, 0, nr_slots, &slot); nr < nr_slots;
-       nr = next_slot (&im->s, nr + 1, nr_slots, &slot)) {
+       nr = next_slot (&im->s, nr + count, nr_slots, &slot)) {
     const uint64_t l2 = nr / g->slots_per_l2;
 
     if ((im->nr_l2 == 0 || im->l2s[im->nr_l2 - 1].nr != l2)
         && plan_l2_table (im, l2) == -1)
       return -1;
-    im->nr_data += qcow2_data_clusters (g, slot.pair.state);
+    count = MAX (whole_slots_of_base (&im->s, nr, l2_end (&im->s, l2)), 1);
+    im->nr_data += count * qcow2_data_clusters (g, slot.pair.state);
   }
   return 0;
 }
@@ -910,11 +930,20 @@ read_data (const struct image *im, const struct image_reader *reader,
   };
   struct image_slot slot;
 
-  for (uint64_t nr
-       = next_slot (&im->s, im->l2s[i].nr * g->slots_per_l2, nr_slots, &slot);
-       d.at < d.end && nr < nr_slots;
-       nr = next_slot (&im->s, nr + 1, nr_slots, &slot)) {
-    if (next_data_slot (&d, nr, &slot) == -1)
+  uint64_t nr = im->l2s[i].nr * g->slots_per_l2;
+
+  while (d.at < d.end
+         && (nr = next_slot (&im->s, nr, nr_slots, &slot)) < nr_slots) {
+    const uint64_t whole = whole_slots_of_base (&im->s, nr, nr_slots);
+    const uint64_t before
+      = d.at < d.start ? (d.start - d.at) / slot_size (&im->s) : 0;
+    const uint64_t skip = MIN (whole, before);
+
+    if (skip > 0) {
+      d.at += skip * slot_size (&im->s);
+      nr += skip;
+    }
+    else if (next_data_slot (&d, nr++, &slot) == -1)
       return -1;
   }
   return read_found (&d);

@@ -219,6 +219,14 @@ overlay_close (struct overlay *o)
   pthread_rwlock_unlock (&o->request_lock);
 }
 
+bool
+overlay_is_closed (struct overlay *o)
+{
+  READ_LOCK_FOR_SCOPE (&o->request_lock);
+
+  return o->closed;
+}
+
 int
 overlay_read_frozen (struct overlay *o, void *buf, uint64_t count,
                      uint64_t offset)

@@ -98,6 +98,9 @@ extern struct frozen_map *overlay_freeze (struct overlay *overlay);
 extern void overlay_release (struct overlay *overlay,
                              struct frozen_map *frozen);
 
+/* Was it closed? */
+extern bool overlay_is_closed (struct overlay *overlay);
+
 /* Freeze the disk for good: what was acknowledged is in it, and whatever would
  * change it from now on fails with ESHUTDOWN.
  */

@@ -447,12 +447,29 @@ overlays_set_default_name (struct overlays *s, const char *name)
   s->default_name = strdup (name); /* without memory, as if nobody had asked */
 }
 
+bool
+overlays_know_default_name (struct overlays *s)
+{
+  LOCK_FOR_SCOPE (&s->lock);
+
+  return s->default_name;
+}
+
 char *
 overlays_default_name (struct overlays *s)
 {
   LOCK_FOR_SCOPE (&s->lock);
 
-  return strdup (s->default_name ? s->default_name : "");
+  if (!s->default_name && s->count > 0 && !find (s, "")) {
+    nbdkit_error ("cow: export refused: the name of the default export is not "
+                  "known yet; use or list it first, or give its name in front "
+                  "of the @");
+    return NULL;
+  }
+  char *name = strdup (s->default_name ? s->default_name : "");
+  if (!name)
+    nbdkit_error ("cow: out of memory");
+  return name;
 }
 
 /* A copy of the names that have an overlay. */
@@ -565,11 +582,10 @@ begin_ending (struct overlays *s, struct entry_list *list)
 static int
 save_one (struct overlays *s, const char *name, struct overlay *overlay)
 {
-  const int r
-    = save_overlay (s->options.save, s->options.loads, name, overlay);
-
+  /* From then on nobody else uses the file. */
+  overlay_cut_views (overlay);
   s->saved = true;
-  return r;
+  return save_overlay (s->options.save, s->options.loads, name, overlay);
 }
 
 /* Save an overlay in which there is nothing, for a disk of SIZE bytes. */

@@ -67,11 +67,14 @@ extern struct view *overlays_get_view (struct overlays *overlays,
                                        enum view_kind kind);
 extern void overlays_put_view (struct overlay_entry *entry, struct view *view);
 
-/* The name of the plugin's default export, as far as it is known; "" is one too.
- * overlays_default_name returns a copy that the caller frees, or NULL and ENOMEM.
+/* The name of the plugin's default export; "" is one too.  overlays_default_name
+ * returns a copy that the caller frees.  As long as the name is not known that is "",
+ * or NULL, which was reported, if there are overlays but none for "": one of them may
+ * be the default export's.
  */
 extern void overlays_set_default_name (struct overlays *overlays,
                                        const char *name);
+extern bool overlays_know_default_name (struct overlays *overlays);
 extern char *overlays_default_name (struct overlays *overlays);
 
 /* Add to EXPORTS the names that have an overlay and are not in it, while there is room.

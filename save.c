@@ -2,8 +2,6 @@
 
 /* Saving overlays (see save.h).
  *
- * Views are cut off first; from then on nobody else changes the overlay's file.
- *
  * In place: the overlay's file is made in the directory of the target.  Its tables
  * are written, and it gets the target's name; no data is copied.  A stream, and
  * cow-save-compact, copy the image in the order of the disk.
@@ -506,7 +504,6 @@ save_overlay (struct save *s, const struct loads *loads,
   CLEANUP_FREE char *path = NULL;
   int r;
 
-  overlay_cut_views (overlay);
   r = image_set_backing (&j.source, s->options.backing,
                          s->options.backing_format, &j.backing);
   if (r == -1)

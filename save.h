@@ -70,7 +70,7 @@ extern int save_check_export (const struct save *save,
                               const struct loads *loads,
                               const char *export_name);
 
-/* Save an overlay, which is closed.  -1 if that failed; then the overlay was kept
+/* Save an overlay, which is closed, and whose views were cut off.  -1 if that failed; then the overlay was kept
  * elsewhere if that was possible at all, and all was reported.
  */
 extern int save_overlay (struct save *save, const struct loads *loads,

@@ -243,8 +243,15 @@ static void
 forget_free_places_at_end (struct store *store)
 {
   while (store->nr_free > 0 && is_free (store, store->next_place - 1)) {
-    store->next_place--;
-    clear_free (store, store->next_place);
+    uint64_t *word = &store->free_words[(store->next_place - 1) / 64];
+
+    if (store->next_place % 64 == 0 && *word == UINT64_MAX) {
+      *word = 0;
+      store->nr_free -= 64;
+      store->next_place -= 64;
+    }
+    else
+      clear_free (store, --store->next_place);
   }
 }
 

@@ -76,7 +76,7 @@ view_description (enum view_kind kind)
 }
 
 int
-views_list (struct nbdkit_exports *exports)
+views_list (struct nbdkit_exports *exports, enum view_kind last)
 {
   const size_t longest = 4096; /* what NBD allows */
   const size_t nr_names = nbdkit_exports_count (exports);
@@ -88,7 +88,7 @@ views_list (struct nbdkit_exports *exports)
     if (view_of_name (nbdkit_get_export (exports, i).name, &length)
         != VIEW_NONE)
       continue;
-    for (enum view_kind kind = 0; kind < NR_VIEWS; ++kind) {
+    for (enum view_kind kind = 0; kind <= last; ++kind) {
       CLEANUP_FREE char *name = NULL;
 
       if (nbdkit_exports_count (exports) >= MAX_EXPORTS)
@@ -204,6 +204,10 @@ find_all_data (struct view *v, const struct base *base)
 
     if (n == 0)
       return -1;
+    if (overlay_is_closed (v->overlay)) { /* it may take long */
+      errno = ESHUTDOWN;
+      return -1;
+    }
     at += n;
   }
   return 0;
@@ -280,10 +284,11 @@ static int
 read_base (void *opaque, void *buf, uint64_t count, uint64_t offset)
 {
   struct view_reading *r = opaque;
-  const uint64_t n = MIN (count, r->base->size - offset);
+  const uint64_t size = r->base->size;
+  const uint64_t n = offset < size ? MIN (count, size - offset) : 0;
 
   memset ((char *) buf + n, 0, count - n);
-  return base_read (r->base, buf, n, offset, &r->base_err);
+  return n > 0 ? base_read (r->base, buf, n, offset, &r->base_err) : 0;
 }
 
 static int

@@ -32,10 +32,10 @@ extern enum view_kind view_of_name (const char *name, size_t *length);
 /* What NBD_OPT_LIST and NBD_OPT_INFO tell of it. */
 extern const char *view_description (enum view_kind kind);
 
-/* Add to EXPORTS the views of each name that is in it already, while there is room.
- * -1 if there is no memory, which was reported.
+/* Add to EXPORTS the views of each name that is in it already, up to LAST, while there
+ * is room.  -1 if there is no memory, which was reported.
  */
-extern int views_list (struct nbdkit_exports *exports);
+extern int views_list (struct nbdkit_exports *exports, enum view_kind last);
 
 /* How many names can be in a list. */
 #define MAX_EXPORTS 10000

@@ -21,6 +21,7 @@ bool short_transfers, fail_punches, no_tmpfile, no_seek_data;
 atomic_uint nr_punches;
 atomic_ullong longest_punch;
 atomic_ullong bytes_read_from_files;
+void (*before_punch) (void);
 static int last_file = -1;
 
 static int calls_left;
@@ -229,6 +230,12 @@ __wrap_pwritev (int fd, const struct iovec *iov, int nr_iov, off_t offset)
 int
 __wrap_fallocate (int fd, int mode, off_t offset, off_t count)
 {
+  if (before_punch) {
+    void (*call) (void) = before_punch;
+
+    before_punch = NULL;
+    call ();
+  }
   nr_punches++;
   if ((unsigned long long) count > longest_punch)
     longest_punch = (unsigned long long) count;

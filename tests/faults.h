@@ -41,6 +41,9 @@ extern bool fail_punches;
 extern atomic_uint nr_punches;
 extern atomic_ullong longest_punch; /* in bytes */
 
+/* Called in front of the next punch, once: reset before the call. */
+extern void (*before_punch) (void);
+
 /* Bytes that were read from files. */
 extern atomic_ullong bytes_read_from_files;
 

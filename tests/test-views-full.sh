@@ -3,7 +3,7 @@
 #
 # NAME@full.qcow2 is an image of the whole disk, with no backing file.  Holes of the base
 # are not in it, by the base's extents; over a base that has none, all of it is.  What is
-# zero in the overlay is left out, whatever the base has there.
+# zero in the overlay takes no data and is a zero cluster, whatever the base has there.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 requires_plugin file
@@ -61,6 +61,10 @@ for i in range(50):
     count = rand.randrange(1, 100 * K)
     at = rand.randrange(n - count)
     same((before, other)[i % 2].pread(count, at), image[at:at + count], "the view")
+# Less than a block at a time, also behind the end of the disk in the last one.
+for at in range(max(0, n - 150000), n, 509):
+    count = min(509, n - at)
+    same(other.pread(count, at), image[at:at + count], "509 bytes of the view")
 h.zero(M, 10 * M)
 leave(h, before, other)
 END
@@ -75,6 +79,8 @@ for args in cow-block-size=4K cow-block-size=64K cow-save-format=extended \
     full_is $data $((data + 1200000))
     write_some
     full_is $((data - 300000)) $((data + 1500000))
+    qemu-img map --output=json "$tmp/full" | grep -q '"present": true, "zero": true' ||
+        die "zeroes would show what is below, if the image were rebased"
     stop_nbdkit
     log_lacks error
 done
