@@ -439,8 +439,8 @@ cow_cleanup (nbdkit_backend *backend)
     ending_fail ();
 }
 
-/* What is below puts the name of its default export behind the COUNT names of its list
- * if it is asked to.
+/* What is below puts the name of its default export, if it has one, behind the COUNT
+ * names of its list if it is asked to; or that is the one name of its list.
  */
 static void
 learn_default_name (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
@@ -450,8 +450,8 @@ learn_default_name (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
 
   if (exports && nbdkit_use_default_export (exports) == 0
       && next (nxdata, readonly, exports) == 0
-      && nbdkit_exports_count (exports) > 0
-      && nbdkit_exports_count (exports) >= count)
+      && (nbdkit_exports_count (exports) == 1
+          || nbdkit_exports_count (exports) > count))
     overlays_set_default_name (
       overlays,
       nbdkit_get_export (exports, nbdkit_exports_count (exports) - 1).name);
