@@ -495,6 +495,13 @@ parse_export_name (struct handle *h, const char *name)
   size_t length = strlen (name), ignored;
 
   h->kind = cow_views ? view_of_name (name, &length) : VIEW_NONE;
+  if (h->kind != VIEW_NONE && h->kind != VIEW_BASE
+      && cow_scope == SCOPE_CONNECTION) {
+    nbdkit_error ("cow: export refused: with cow-scope=connection each "
+                  "connection has a disk of its own, of which others have no "
+                  "view; use cow-scope=export");
+    return -1;
+  }
   if (length == 0 && h->kind != VIEW_NONE && h->kind != VIEW_BASE)
     h->export_name = overlays_default_name (overlays);
   else if (!(h->export_name = strndup (name, length)))
@@ -504,13 +511,6 @@ parse_export_name (struct handle *h, const char *name)
   if (h->kind != VIEW_NONE
       && view_of_name (h->export_name, &ignored) != VIEW_NONE) {
     nbdkit_error ("cow: export refused: there are no views of a view");
-    return -1;
-  }
-  if (h->kind != VIEW_NONE && h->kind != VIEW_BASE
-      && cow_scope == SCOPE_CONNECTION) {
-    nbdkit_error ("cow: export refused: with cow-scope=connection each "
-                  "connection has a disk of its own, of which others have no "
-                  "view; use cow-scope=export");
     return -1;
   }
   return 0;

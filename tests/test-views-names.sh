@@ -178,9 +178,13 @@ log_lacks error
 start_nbdkit pattern 1M cow-views=true cow-scope=connection
 py <<'END'
 from listing import *
+other = connect("other")
+refused_with("@snapshot", "cow-scope=connection")
+leave(other)
 h = connect()
 h.pwrite(b"x", 0)
 same(connect("@base").pread(M, 0), base(0, M), "the base")
+expect(names(), ["", "@base"], "the list")
 for v in VIEWS[1:]:
     refused_with(v, "cow-scope=connection")
 same(h.pread(M, 0), b"x" + base(1, M - 1), "the live disk")
