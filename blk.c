@@ -1333,6 +1333,73 @@ blk_cache (struct overlay *o, const struct base *base, enum on_cache on_cache,
   return 0;
 }
 
+/* What the base says of a request's holes.  It is asked of all that is left of the
+ * request at once, as each question may make it search far beyond its end.
+ */
+struct below {
+  struct nbdkit_extents *answer; /* NULL: not asked */
+  size_t next;  /* the first of its extents that is not behind us */
+  uint64_t end; /* of the last one */
+};
+
+static void
+cleanup_below (struct below *b)
+{
+  nbdkit_extents_free (b->answer);
+}
+
+#define CLEANUP_BELOW __attribute__ ((cleanup (cleanup_below)))
+
+/* The answer covers at least the beginning of OFFSET .. END-1.  Caller holds no
+ * lock.
+ */
+static int
+ask_below (struct below *b, const struct base *base, uint64_t offset,
+           uint64_t end, uint32_t flags, int *err)
+{
+  uint64_t covered;
+
+  cleanup_below (b);
+  b->next = 0;
+  b->answer = nbdkit_extents_new (offset, base->size);
+  if (!b->answer) {
+    *err = errno;
+    return -1;
+  }
+  if (base_extents (base, end - offset, offset, flags, b->answer, &covered,
+                    err)
+      == -1)
+    return -1;
+
+  /* It may hold less than was added, as the list has a longest length. */
+  const struct nbdkit_extent last
+    = nbdkit_get_extent (b->answer, nbdkit_extents_count (b->answer) - 1);
+  b->end = last.offset + last.length;
+  return 0;
+}
+
+/* Add what the answer says of *POS .. END-1, and move *POS behind that. */
+static int
+add_below (struct below *b, uint64_t *pos, uint64_t end,
+           struct nbdkit_extents *extents, int *err)
+{
+  while (*pos < MIN (end, b->end)) {
+    const struct nbdkit_extent e = nbdkit_get_extent (b->answer, b->next);
+    const uint64_t e_end = MIN (e.offset + e.length, end);
+
+    if (*pos < e_end) {
+      if (nbdkit_add_extent (extents, *pos, e_end - *pos, e.type) == -1) {
+        *err = errno;
+        return -1;
+      }
+      *pos = e_end;
+    }
+    if (e_end == e.offset + e.length)
+      b->next++;
+  }
+  return 0;
+}
+
 static int
 extents_of_disk (const struct disk *d, const struct base *base, uint32_t count,
                  uint64_t offset, uint32_t flags,
@@ -1340,6 +1407,7 @@ extents_of_disk (const struct disk *d, const struct base *base, uint32_t count,
 {
   const bool only_one = flags & NBDKIT_FLAG_REQ_ONE;
   const uint64_t end = offset + count;
+  CLEANUP_BELOW struct below below = { .answer = NULL };
 
   /* nbdkit_add_extent merges what touches and is of one kind.  So the first
    * extent is finished when there is a second one.
@@ -1352,17 +1420,19 @@ extents_of_disk (const struct disk *d, const struct base *base, uint32_t count,
                  NULL); /* reads nothing, so cannot fail */
 
     if (run.state == BLOCK_HOLE && base->can_extents) {
-      uint64_t covered;
+      const uint64_t run_end = offset + run.length;
 
       /* Whether the first extent goes on is not worth asking the base. */
       if (only_one && nbdkit_extents_count (extents) > 0)
         break;
-      if (base_extents (base, run.length, offset, flags, extents, &covered,
+      if (offset >= below.end
+          && ask_below (&below, base, offset, only_one ? run_end : end, flags,
                         err)
-          == -1)
+               == -1)
         return -1;
-      offset += covered;
-      if (covered < run.length)
+      if (add_below (&below, &offset, run_end, extents, err) == -1)
+        return -1;
+      if (only_one && offset < run_end)
         break;
       continue;
     }
