@@ -902,31 +902,46 @@ look (const struct disk *d, uint64_t offset, uint64_t end, struct run *run,
   return r == -1 ? errno : 0;
 }
 
-/* Read a run of holes.  Caller holds no lock. */
+/* Read a run of holes and keep them, whole blocks that the client wants, or around
+ * what it wants.  -1 if they cannot be read.  Caller holds no lock.
+ */
 static int
-read_holes (struct overlay *o, const struct base *base, enum on_read on_read,
-            void *buf, uint64_t offset, uint64_t end, int *err)
+read_and_keep (struct overlay *o, const struct base *base, void *buf,
+               uint64_t offset, uint64_t end, int *err)
 {
-  CLEANUP_FREE char *bytes = NULL;
-
-  if (on_read == ON_READ_PASS)
-    return base_read (base, buf, end - offset, offset, err);
-
   const uint64_t unit = unit_to_keep (o, base);
   const uint64_t start = ROUND_DOWN (offset, unit);
   const uint64_t stop = MIN (ROUND_UP (end, unit), o->size);
+  CLEANUP_FREE char *around = NULL;
+  char *bytes = buf;
 
-  /* What cannot be read around it need not keep the client from what it wants. */
-  bytes = fetch (o, base, start, stop, err);
-  if (!bytes)
-    return base_read (base, buf, end - offset, offset, err);
-  memcpy (buf, bytes + (offset - start), end - offset);
+  if (start == offset && stop == end && stop % block_size (o) == 0) {
+    if (base_read (base, buf, end - offset, offset, err) == -1)
+      return -1;
+  }
+  else {
+    bytes = around = fetch (o, base, start, stop, err);
+    /* What cannot be read around it need not keep the client from what it wants. */
+    if (!around)
+      return base_read (base, buf, end - offset, offset, err);
+    memcpy (buf, around + (offset - start), end - offset);
+  }
 
   /* The client has what it asked for, kept or not. */
   errno = keep (o, bytes, start, stop);
   if (errno)
     VERBOSE ("not kept in the overlay: %s", strerror (errno));
   return 0;
+}
+
+/* Read a run of holes.  Caller holds no lock. */
+static int
+read_holes (struct overlay *o, const struct base *base, enum on_read on_read,
+            void *buf, uint64_t offset, uint64_t end, int *err)
+{
+  return on_read == ON_READ_KEEP
+           ? read_and_keep (o, base, buf, offset, end, err)
+           : base_read (base, buf, end - offset, offset, err);
 }
 
 static int
