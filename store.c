@@ -124,11 +124,13 @@ store_init (struct store *store, const char *dir, enum newfile_use use,
   store->free_words = NULL;
   store->nr_free_words = 0;
   store->nr_free = store->first_free = 0;
+  writeback_init (&store->writeback);
 }
 
 void
 store_destroy (struct store *store)
 {
+  writeback_destroy (&store->writeback);
   newfile_discard (&store->file);
   free (store->free_words);
   pthread_mutex_destroy (&store->lock);
@@ -211,6 +213,9 @@ store_take (struct store *store, uint64_t wanted, uint64_t *place)
 
   *place = store->next_place;
   store->next_place += count;
+  if (store->use == NEWFILE_TO_PUBLISH)
+    writeback_grown (&store->writeback, store->file.fd,
+                     store->next_place * store->place_size);
   return count;
 }
 

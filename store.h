@@ -19,6 +19,7 @@
 #include <sys/uio.h>
 
 #include "newfile.h"
+#include "writeback.h"
 
 /* Consecutive places. */
 struct place_run {
@@ -38,8 +39,9 @@ struct store {
   uint64_t next_place;  /* behind the last one that is given out */
   uint64_t *free_words; /* bitmap of the places that were given back */
   size_t nr_free_words;
-  uint64_t nr_free;    /* bits in it */
-  uint64_t first_free; /* no place before this one has its bit set */
+  uint64_t nr_free;           /* bits in it */
+  uint64_t first_free;        /* no place before this one has its bit set */
+  struct writeback writeback; /* of a file that is to be published */
 };
 
 /* The directory for overlay files, $TMPDIR or else /var/tmp, as an absolute
