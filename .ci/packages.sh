@@ -3,7 +3,7 @@
 #
 # The packages that each job needs, by their names in Debian and Ubuntu, and a
 # function that installs what is missing of them.  Sourced by runtests,
-# quickstart and .ci/run.
+# quickstart, bench/run and .ci/run.
 
 packages_to_build="gcc libc6-dev make autoconf automake libtool pkgconf perl
     nbdkit nbdkit-plugin-dev zlib1g-dev libzstd-dev"
@@ -13,6 +13,8 @@ packages_to_demonstrate="libnbd-bin qemu-utils e2fsprogs"
 packages_to_test="$packages_to_demonstrate
     python3-libnbd libcmocka-dev libnbd-dev binutils fio fuse3 jq procps
     libvirt-clients qemu-system-x86 restic strace util-linux xz-utils"
+
+packages_to_measure="fio gnuplot-nox nbd-server python3-libnbd qemu-utils xz-utils"
 
 # What is only asked of each change, in .ci/run: other programs that read images
 # or take streams, and what a guest needs besides its kernel.

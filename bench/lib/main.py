@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Measures this filter against what people use in its place.
+
+Everything is on tmpfs but the saving of diffs; servers take turns; before each one
+memory is touched (HACKING, "Measuring").  Figures are medians of the rounds, with the
+smallest and the largest.
+"""
+
+import argparse
+import functools
+import os
+import re
+import signal
+import sys
+import tempfile
+
+import bases
+import freezing
+import handover
+import report
+import scale
+import servers
+import speed
+import zeroing
+from servers import ALTERNATIVES, G, KINDS
+
+MEMORY = "/dev/shm"
+
+
+def rotated(items, by):
+    by %= len(items)
+    return items[by:] + items[:by]
+
+
+class Part:
+    """Jobs that are measured together: RUN (kind, bases, scale) yields the name and
+    the figure of each, once a round; None for what this kind cannot do.  What is slow
+    takes part in so many ROUNDS only; the kinds in ONCE in the first round of a full
+    run only; and in a quick run just the kinds in QUICK, if that is given.
+    """
+
+    def __init__(self, name, jobs, kinds, run, once=(), rounds=None, quick=None):
+        self.name = name
+        self.jobs = jobs
+        self.kinds = kinds
+        self.run = run
+        self.once = once
+        self.rounds = rounds
+        self.quick = quick or [k for k in kinds if k not in once]
+
+    def kinds_of_round(self, i, quick):
+        if self.rounds is not None and i >= self.rounds:
+            return []
+        if quick:
+            return self.quick
+        return [k for k in rotated(self.kinds, i) if i == 0 or k not in self.once]
+
+
+def only_cow(measure):
+    return lambda _kind, _bases, scale: measure(quick=scale > 1)
+
+
+# nbd-server has a process for each connection, which is gone when that ends.
+IN_ONE_PROCESS = [k for k in ALTERNATIVES if k != "nbd-server"]
+
+PARTS = [
+    Part(s.name, [j.described() for j in s.jobs], list(KINDS),
+         functools.partial(speed.run_session, s),
+         quick=None if s.quick else ["limit", "cow"]) for s in speed.SESSIONS
+] + [
+    Part("large ranges", handover.RANGES, list(KINDS), handover.ranges),
+    Part("saving", handover.SAVING, ["limit", "cow", "nbdkit"], handover.saving,
+         once=["nbdkit"]),
+    Part("size of an overlay", scale.SIZES, ["cow", *IN_ONE_PROCESS], scale.sizes),
+    Part("number of overlays", scale.NUMBERS, ["cow", *IN_ONE_PROCESS], scale.numbers,
+         once=IN_ONE_PROCESS),
+    Part("zeroing much", zeroing.JOBS, ["cow"], only_cow(zeroing.measure), rounds=3),
+    Part("freezing", freezing.JOBS, ["cow"], only_cow(freezing.measure), rounds=3),
+]
+
+# What quick runs divide amounts by.
+QUICK_SCALE = 32
+
+# Bytes of memory that files take at most, full and quick.
+NEEDED = 16 * G, 6 * G
+
+
+def measure(parts, rounds, quick):
+    """{name of a job: {kind: [figure of each round]}}; figures are None where a kind
+    cannot do it.
+    """
+    found = {job["name"]: {} for part in parts for job in part.jobs}
+    made = bases.prepare()
+    for i in range(rounds):
+        for part in parts:
+            for kind in part.kinds_of_round(i, quick):
+                report.progress("round %d of %d: %s, %s"
+                                % (i + 1, rounds, part.name, kind))
+                for name, figure in part.run(kind, made, QUICK_SCALE if quick else 1):
+                    found[name].setdefault(kind, []).append(figure)
+    report.progress("")
+    return found
+
+
+def check_room(quick):
+    needed = NEEDED[quick]
+    st = os.statvfs(MEMORY) if os.path.isdir(MEMORY) else None
+    if not st or st.f_bavail * st.f_frsize < needed:
+        sys.exit("bench: %s has not %d GiB free; mount a larger tmpfs there"
+                 % (MEMORY, needed // G))
+
+
+def run(args):
+    parts = [p for p in PARTS if re.search(args.parts, p.name)]
+    if not parts:
+        sys.exit("bench: --parts=%s is no part's name; see --help" % args.parts)
+    check_room(args.quick)
+    machine = report.machine()
+    rounds = args.rounds or (1 if args.quick else 5)
+    # So that servers and files are gone whatever ends us.
+    for number in signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, lambda *_: sys.exit(1))
+    servers.filter = args.filter
+    with tempfile.TemporaryDirectory(prefix="cow-bench-", dir=MEMORY) as work, \
+         tempfile.TemporaryDirectory(prefix="cow-bench-", dir=args.disk) as disk_work:
+        servers.work, servers.disk_work = work, disk_work
+        found = measure(parts, rounds, args.quick)
+    return report.make(machine, parts, found, rounds, args.quick)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(prog="bench/run", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true",
+                        help="one round of little: shows that all works, no figures "
+                        "to rely on")
+    parser.add_argument("--rounds", type=int, metavar="N", help="default 5")
+    parser.add_argument("--parts", metavar="REGEX", default="",
+                        help="only parts whose name matches; they are:\n"
+                        + "\n".join(part.name for part in PARTS))
+    parser.add_argument("--out", metavar="DIR",
+                        help="where figures.json and charts/*.svg go; default "
+                        "build/measured")
+    parser.add_argument("--from", dest="source", metavar="FILE",
+                        help="measure nothing: show the figures of this JSON file, and "
+                        "draw them")
+    parser.add_argument("--markdown", action="store_true",
+                        help="with --from: print the table of README.md, and nothing "
+                        "else")
+    parser.add_argument("--disk", metavar="DIR", default="/var/tmp",
+                        help="where to save diffs; default /var/tmp")
+    parser.add_argument("--filter", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    if args.markdown:
+        report.markdown(report.load(args.source))
+        return
+    result = report.load(args.source) if args.source else run(args)
+    os.makedirs(args.out, exist_ok=True)
+    if not args.source:
+        report.save(result, os.path.join(args.out, "figures.json"))
+    report.charts(result, os.path.join(args.out, "charts"))
+    report.show(result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
