@@ -166,43 +166,37 @@ base_extents (const struct base *base, uint64_t count, uint64_t offset,
 {
   /* A 32 bit length that keeps to every alignment there is. */
   const uint64_t longest = UINT32_C (1) << 31;
-  const uint64_t end = offset + count;
-  uint64_t pos = offset;
+  const uint64_t end = offset + MIN (count, longest - base->min_request);
+  uint64_t pos = offset, ask = offset, ask_end = end;
 
-  do {
-    const uint64_t before = pos;
-    uint64_t ask = pos, ask_end = MIN (end, pos + longest - base->min_request);
+  align (base, &ask, &ask_end);
+  CLEANUP_EXTENTS struct nbdkit_extents *answer
+    = nbdkit_extents_new (ask, base->size);
+  if (!answer) {
+    *err = errno;
+    return -1;
+  }
+  /* One extent is not enough where it may end before it gets to offset. */
+  if (base->next->extents (base->next, (uint32_t) (ask_end - ask), ask,
+                           ask == offset ? flags : 0, answer, err)
+      == -1)
+    return failed (err);
+  if (add_clipped (answer, &pos, end, extents, err) == -1)
+    return -1;
 
-    align (base, &ask, &ask_end);
-    CLEANUP_EXTENTS struct nbdkit_extents *answer
-      = nbdkit_extents_new (ask, base->size);
-    if (!answer) {
+  /* Extents that end before they get to offset all the same say nothing of it.
+   * "Data" is true of everything.
+   */
+  if (pos == offset) {
+    const uint64_t next
+      = ROUND_DOWN (pos, (uint64_t) base->min_request) + base->min_request;
+
+    pos = MIN (next, end);
+    if (nbdkit_add_extent (extents, offset, pos - offset, 0) == -1) {
       *err = errno;
       return -1;
     }
-    /* One extent is not enough where it may end before it gets to pos. */
-    if (base->next->extents (base->next, (uint32_t) (ask_end - ask), ask,
-                             ask == pos ? flags : 0, answer, err)
-        == -1)
-      return failed (err);
-    if (add_clipped (answer, &pos, end, extents, err) == -1)
-      return -1;
-
-    /* Extents that end before they get to pos all the same say nothing of it.
-     * "Data" is true of everything.
-     */
-    if (pos == before) {
-      const uint64_t next
-        = ROUND_DOWN (pos, (uint64_t) base->min_request) + base->min_request;
-
-      pos = MIN (next, end);
-      if (nbdkit_add_extent (extents, before, pos - before, 0) == -1) {
-        *err = errno;
-        return -1;
-      }
-    }
-  } while (pos < end && !(flags & NBDKIT_FLAG_REQ_ONE));
-
+  }
   *covered = pos - offset;
   return 0;
 }

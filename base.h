@@ -40,9 +40,9 @@ extern int base_read (const struct base *base, void *buf, uint64_t count,
 extern int base_cache (const struct base *base, uint64_t count,
                        uint64_t offset, int *err);
 
-/* Add to EXTENTS what the base says of OFFSET .. OFFSET+COUNT-1: all of it, or
- * with NBDKIT_FLAG_REQ_ONE in FLAGS at least the beginning.  *COVERED becomes
- * the number of bytes that were added.  Same conditions; base->can_extents.
+/* Add to EXTENTS what the base says of OFFSET .. OFFSET+COUNT-1 when it is asked
+ * once; that may be just the beginning.  *COVERED becomes the number of bytes that
+ * were added, at least one.  Same conditions; base->can_extents.
  */
 extern int base_extents (const struct base *base, uint64_t count,
                          uint64_t offset, uint32_t flags,

@@ -1385,11 +1385,7 @@ ask_below (struct below *b, const struct base *base, uint64_t offset,
                     err)
       == -1)
     return -1;
-
-  /* It may hold less than was added, as the list has a longest length. */
-  const struct nbdkit_extent last
-    = nbdkit_get_extent (b->answer, nbdkit_extents_count (b->answer) - 1);
-  b->end = last.offset + last.length;
+  b->end = offset + covered;
   return 0;
 }
 

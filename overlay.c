@@ -54,6 +54,8 @@ init_store (struct overlay *o, const struct overlay_options *options)
   store_init (&o->store, options->dir, NEWFILE_TO_PUBLISH, slot_size (o),
               ROUND_UP (tables_head_size (&g), slot_size (o))
                 >> o->slot_shift);
+  if (options->fate == OVERLAY_SAVED_IN_PLACE)
+    store_write_back_early (&o->store);
   return 0;
 }
 

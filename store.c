@@ -124,7 +124,14 @@ store_init (struct store *store, const char *dir, enum newfile_use use,
   store->free_words = NULL;
   store->nr_free_words = 0;
   store->nr_free = store->first_free = 0;
+  store->write_back_early = false;
   writeback_init (&store->writeback);
+}
+
+void
+store_write_back_early (struct store *store)
+{
+  store->write_back_early = true;
 }
 
 void
@@ -213,7 +220,7 @@ store_take (struct store *store, uint64_t wanted, uint64_t *place)
 
   *place = store->next_place;
   store->next_place += count;
-  if (store->use == NEWFILE_TO_PUBLISH)
+  if (store->write_back_early)
     writeback_grown (&store->writeback, store->file.fd,
                      store->next_place * store->place_size);
   return count;

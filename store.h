@@ -41,7 +41,8 @@ struct store {
   size_t nr_free_words;
   uint64_t nr_free;           /* bits in it */
   uint64_t first_free;        /* no place before this one has its bit set */
-  struct writeback writeback; /* of a file that is to be published */
+  bool write_back_early;      /* constant */
+  struct writeback writeback; /* if so */
 };
 
 /* The directory for overlay files, $TMPDIR or else /var/tmp, as an absolute
@@ -69,6 +70,11 @@ extern void store_ignore_file_size_signal (void);
 extern void store_init (struct store *store, const char *dir,
                         enum newfile_use use, uint64_t place_size,
                         uint64_t head);
+
+/* From now on, start to write the file to its disk while it grows: it is going to be
+ * synced.  To be called before the first place is taken.
+ */
+extern void store_write_back_early (struct store *store);
 
 /* Close the file, which is gone unless it was published. */
 extern void store_destroy (struct store *store);

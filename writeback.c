@@ -8,7 +8,6 @@
 
 #include <config.h>
 
-#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <time.h>
@@ -19,8 +18,11 @@
 /* Files shorter than this are synced soon enough. */
 #define SMALLEST (UINT64_C (32) << 20)
 
-/* Sleep for a second.  Caller holds the lock.  False if the thread is to stop. */
-static bool
+/* All that the thread needs. */
+#define STACK_SIZE (64 << 10)
+
+/* Sleep for a second.  Caller holds the lock. */
+static void
 sleep_a_second (struct writeback *w)
 {
   struct timespec until;
@@ -28,29 +30,33 @@ sleep_a_second (struct writeback *w)
   clock_gettime (CLOCK_MONOTONIC, &until);
   until.tv_sec++;
   while (!w->stop
-         && pthread_cond_timedwait (&w->stop_changed, &w->lock, &until) == 0)
+         && pthread_cond_timedwait (&w->changed, &w->lock, &until) == 0)
     ;
-  return !w->stop;
 }
 
 static void *
 write_back (void *pointer)
 {
   struct writeback *w = pointer;
-  uint64_t written = 0, seen = 0;
+  uint64_t written = 0;
 
   pthread_mutex_lock (&w->lock);
-  while (sleep_a_second (w)) {
+  for (;;) {
     const uint64_t end = w->end;
 
-    if (seen > written) {
-      pthread_mutex_unlock (&w->lock);
-      (void) sync_file_range (w->fd, (off_t) written, (off_t) (seen - written),
-                              SYNC_FILE_RANGE_WRITE);
-      pthread_mutex_lock (&w->lock);
-    }
-    written = seen;
-    seen = end;
+    sleep_a_second (w);
+    if (w->stop)
+      break;
+    pthread_mutex_unlock (&w->lock);
+    (void) sync_file_range (w->fd, (off_t) written, (off_t) (end - written),
+                            SYNC_FILE_RANGE_WRITE);
+    pthread_mutex_lock (&w->lock);
+    written = end;
+
+    w->idle = true;
+    while (w->end == written && !w->stop)
+      pthread_cond_wait (&w->changed, &w->lock);
+    w->idle = false;
   }
   pthread_mutex_unlock (&w->lock);
   return NULL;
@@ -65,7 +71,7 @@ writeback_init (struct writeback *w)
   pthread_mutex_init (&w->lock, NULL);
   pthread_condattr_init (&attr);
   pthread_condattr_setclock (&attr, CLOCK_MONOTONIC);
-  pthread_cond_init (&w->stop_changed, &attr);
+  pthread_cond_init (&w->changed, &attr);
   pthread_condattr_destroy (&attr);
 }
 
@@ -73,14 +79,19 @@ writeback_init (struct writeback *w)
 static void
 start (struct writeback *w, int fd)
 {
+  pthread_attr_t attr;
   sigset_t all, old;
 
   w->tried = true;
   w->fd = fd;
+  if (pthread_attr_init (&attr) != 0)
+    return;
+  pthread_attr_setstacksize (&attr, STACK_SIZE);
   sigfillset (&all);
   pthread_sigmask (SIG_SETMASK, &all, &old);
-  w->started = pthread_create (&w->thread, NULL, write_back, w) == 0;
+  w->started = pthread_create (&w->thread, &attr, write_back, w) == 0;
   pthread_sigmask (SIG_SETMASK, &old, NULL);
+  pthread_attr_destroy (&attr);
 }
 
 void
@@ -88,8 +99,12 @@ writeback_grown (struct writeback *w, int fd, uint64_t end)
 {
   LOCK_FOR_SCOPE (&w->lock);
 
-  w->end = MAX (w->end, end);
-  if (!w->tried && w->end >= SMALLEST)
+  if (end <= w->end)
+    return;
+  w->end = end;
+  if (w->idle)
+    pthread_cond_signal (&w->changed);
+  if (!w->tried && end >= SMALLEST)
     start (w, fd);
 }
 
@@ -98,10 +113,10 @@ writeback_destroy (struct writeback *w)
 {
   pthread_mutex_lock (&w->lock);
   w->stop = true;
-  pthread_cond_signal (&w->stop_changed);
+  pthread_cond_signal (&w->changed);
   pthread_mutex_unlock (&w->lock);
   if (w->started)
     pthread_join (w->thread, NULL);
-  pthread_cond_destroy (&w->stop_changed);
+  pthread_cond_destroy (&w->changed);
   pthread_mutex_destroy (&w->lock);
 }

@@ -16,10 +16,10 @@
 #include <stdint.h>
 
 struct writeback {
-  pthread_mutex_t
-    lock; /* guards what follows; after it no other lock is taken */
-  pthread_cond_t stop_changed;
+  pthread_mutex_t lock; /* guards what follows; taken last of all */
+  pthread_cond_t changed;
   bool stop;
+  bool idle;  /* the thread waits for the file to grow */
   bool tried; /* to start the thread; constant from then on: started, fd */
   bool started;
   int fd;

@@ -39,6 +39,8 @@ nbdkit_debug (const char *fs, ...)
   (void) fs;
 }
 
+size_t longest_list = SIZE_MAX;
+
 struct nbdkit_extents {
   struct nbdkit_extent *list;
   size_t count;
@@ -84,7 +86,7 @@ nbdkit_add_extent (struct nbdkit_extents *x, uint64_t offset, uint64_t length,
 {
   assert (offset == x->next);
   x->next = offset + length;
-  if (offset >= x->end || length == 0)
+  if (offset >= x->end || length == 0 || x->count >= longest_list)
     return 0;
   if (offset + length > x->end)
     length = x->end - offset;
@@ -135,6 +137,7 @@ fake_pread (nbdkit_next *next, void *buf, uint32_t count, uint64_t offset,
   assert (f->maximum == 0 || count <= f->maximum);
   __atomic_add_fetch (&f->nr_reads, 1, __ATOMIC_RELAXED);
   __atomic_add_fetch (&f->bytes_read, count, __ATOMIC_RELAXED);
+  __atomic_store_n (&f->read_into, buf, __ATOMIC_RELAXED);
   if (f->fail_with) {
     nbdkit_error ("fake base");
     *err = f->fail_with;
@@ -192,7 +195,7 @@ fake_extents (nbdkit_next *next, uint32_t count, uint64_t offset,
       return -1;
     }
     pos = stop;
-    if (flags & NBDKIT_FLAG_REQ_ONE)
+    if (f->one_extent || (flags & NBDKIT_FLAG_REQ_ONE))
       break;
   }
   return 0;

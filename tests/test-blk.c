@@ -523,6 +523,102 @@ written_again_before_the_punch (void **state)
   assert_true (last_was_kept);
 }
 
+/* Where the client wants whole blocks, what is kept of them is read right to where the
+ * client gets it; but not at the ragged end of the disk, as a kept block is whole.
+ */
+static void
+read_into_clients_buffer (void **state)
+{
+  const struct {
+    uint64_t offset;
+    uint32_t count;
+    bool direct;
+  } reads[] = {
+    { 2 * BLOCK, 3 * BLOCK, true },
+    { 8 * BLOCK, BLOCK + 1, false },
+    { 12 * BLOCK + 1, 2 * BLOCK - 1, false },
+    { SIZE - 777 - BLOCK, BLOCK + 777, false },
+  };
+  static uint8_t buf[SIZE];
+
+  (void) state;
+  for (unsigned i = 0; i < sizeof reads / sizeof reads[0]; ++i)
+    for (unsigned n = 1; n <= 2; ++n) {
+      memset (buf, 0, sizeof buf);
+      assert_int_equal (blk_read (overlay, &base, ON_READ_KEEP, buf,
+                                  reads[i].count, reads[i].offset, &err),
+                        0);
+      assert_memory_equal (buf, base_bytes + reads[i].offset, reads[i].count);
+      assert_int_equal (fake.read_into == buf, reads[i].direct);
+      assert_int_equal (fake.nr_reads,
+                        i + 1); /* the second time it is there */
+    }
+}
+
+/* All extents of the disk, asked for until there is no more; one character for
+ * each block.
+ */
+static void
+read_extents (char types[SIZE / BLOCK + 2])
+{
+  uint64_t pos = 0;
+
+  while (pos < SIZE) {
+    struct nbdkit_extents *x = nbdkit_extents_new (pos, SIZE);
+
+    assert_int_equal (
+      blk_extents (overlay, &base, (uint32_t) (SIZE - pos), pos, 0, x, &err),
+      0);
+    assert_true (nbdkit_extents_count (x) > 0);
+    for (size_t i = 0; i < nbdkit_extents_count (x); ++i) {
+      const struct nbdkit_extent e = nbdkit_get_extent (x, i);
+
+      for (; pos < e.offset + e.length; pos += BLOCK)
+        types[pos / BLOCK] = e.type == 0 ? 'd' : 'z';
+    }
+    nbdkit_extents_free (x);
+  }
+  types[(SIZE - 1) / BLOCK + 1] = '\0';
+}
+
+/* However little the base answers at once, and however few extents a list holds, the
+ * extents are the same.
+ */
+static void
+extents_in_pieces (void **state)
+{
+  const struct op ops[] = {
+    { .kind = WRITE, .count = BLOCK, .offset = 3 * BLOCK },
+    { .kind = WRITE, .count = 3 * BLOCK, .offset = 8 * BLOCK },
+    { .kind = ZERO, .count = 2 * BLOCK, .offset = 10 * BLOCK },
+    { .kind = ZERO, .count = BLOCK, .offset = 20 * BLOCK },
+    { .kind = WRITE, .count = 2 * BLOCK, .offset = SLOT - BLOCK },
+  };
+  char expected[SIZE / BLOCK + 2], found[SIZE / BLOCK + 2];
+
+  (void) state;
+  fake.extent_size = BLOCK;
+  for (unsigned i = 0; i < sizeof ops / sizeof ops[0]; ++i)
+    do_op (ops[i]);
+  for (unsigned i = 0; i <= (SIZE - 1) / BLOCK; ++i)
+    expected[i] = i % 2 ? 'z' : 'd';
+  expected[(SIZE - 1) / BLOCK + 1] = '\0';
+  expected[3] = expected[8] = expected[9] = 'd';
+  expected[10] = expected[11] = expected[20] = 'z';
+  expected[31] = expected[32] = 'd';
+
+  for (unsigned i = 0; i < 4; ++i) {
+    fake.one_extent = i % 2;
+    longest_list = i < 2 ? SIZE_MAX : 3;
+    fake.nr_extents = 0;
+    read_extents (found);
+    assert_string_equal (found, expected);
+    if (i == 0)
+      assert_int_equal (fake.nr_extents, 1);
+  }
+  longest_list = SIZE_MAX;
+}
+
 /*----------------------------------------------------------------------
  * Failures
  */
@@ -941,6 +1037,8 @@ main (void)
     WITH_OVERLAY (every_edge_from_every_state),
     WITH_OVERLAY (base_is_read_once_and_no_more),
     WITH_OVERLAY (base_with_block_sizes),
+    WITH_OVERLAY (read_into_clients_buffer),
+    WITH_OVERLAY (extents_in_pieces),
     WITH_OVERLAY (nothing_is_lost_while_the_base_is_read),
     WITH_OVERLAY (zeroed_while_the_base_is_read),
     WITH_OVERLAY (requests_without_slot_locks_are_interrupted),

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# A large overlay that is going to be saved is written to its disk while it grows (seen
-# with strace), what is added later too; one that is thrown away is not.
+# A large overlay whose file is going to be the diff is written to its disk while it grows
+# (seen with strace), what is added later too; one that is thrown away, or copied, is not.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 no_leak_check
@@ -12,31 +12,39 @@ requires qemu-img --version
 requires jq --version
 under=(strace -f -qq -o "$tmp/strace" -e trace=sync_file_range -e signal=none)
 
-# write_and_wait NR FATE: writes 64 MiB NR times, each at another place; every time it waits
-# until that has been asked for, if it is going to be.
+# write_and_wait FIRST FATE: writes 64 MiB from MiB FIRST on, and waits until something
+# behind it is asked for, if it is going to be.
 write_and_wait ()
 {
     py "$@" <<'END'
+first, fate = int(sys.argv[1]), sys.argv[2]
 data = os.urandom(M)
 h = connect()
-for i in range(int(sys.argv[1])):
-    for n in range(64):
-        h.pwrite(data, (64 * i + n) * M)
-    if sys.argv[2] == "saved":
-        while open(tmp + "/strace").read().count("sync_file_range(") <= i:
-            time.sleep(0.05)
-    else:
-        time.sleep(3)
+for n in range(first, first + 64):
+    h.pwrite(data, n * M)
+call = re.compile(r"sync_file_range\(\d+, (\d+), (\d+)")
+if fate == "saved":
+    while not any(int(at) + int(length) >= (first + 64) * M for at, length
+                  in call.findall(open(tmp + "/strace").read())):
+        time.sleep(0.05)
+else:
+    time.sleep(3)
 END
 }
 
-start_nbdkit memory 1G
-write_and_wait 1 thrown-away
-stop_nbdkit
-! grep sync_file_range "$tmp/strace" || die "an overlay was written back that is thrown away"
+for more in "" cow-save=- "cow-save=$tmp/diff cow-save-compact=true"; do
+    : >"$tmp/strace"
+    # shellcheck disable=SC2086
+    start_nbdkit memory 1G $more >"$tmp/stream"
+    write_and_wait 0 "thrown away"
+    stop_nbdkit
+    ! grep sync_file_range "$tmp/strace" ||
+        die "an overlay was written back that is thrown away ($more)"
+done
 
 start_nbdkit memory 1G cow-save="$tmp/diff"
-write_and_wait 2 saved
+write_and_wait 0 saved
+write_and_wait 64 saved
 stop_nbdkit
 ! grep "sync_file_range.*= -1" "$tmp/strace" || die "not all of it went well"
 sound_diff "$tmp/diff"
