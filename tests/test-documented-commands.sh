@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# Every command of README and of the manual is run here as it stands there, and
+# Every command of README.md and of the manual is run here as it stands there, and
 # what it makes is looked at.  In front of the real programs stand small ones:
 # nbdkit with this filter for --filter=cow, qemu without a window, that ends after
 # it has started, and ssh, to a directory.  ./job writes to the disk that it is
@@ -125,7 +125,7 @@ h.pwrite(sys.argv[1].encode() * 1000, 12345)
 END
 }
 
-#------------------------------------------------- README and EXAMPLES --
+#------------------------------------------------- README.md and EXAMPLES --
 
 fresh
 run <<'END'
@@ -414,12 +414,12 @@ fresh
 
 # Nothing is documented that was not run above.  The commands that build are
 # those that brought us here.
-builds='^(autoreconf -i|\./configure|make|sudo make install|\./quickstart.*|\./runtests.*)$'
+builds='^(autoreconf -i|\./configure|make|sudo make install|\./quickstart.*|\./runtests.*|\./bench/run.*)$'
 {
     # All of the recipes, and elsewhere what looks like a command.
-    join <"$test_dir/../README" |
-        sed -nE -e '/^RECIPES$/,/^HOW IT DIFFERS$/ s/^ {4}([^ ].*)/\1/p' \
-            -e '/^RECIPES$/,/^HOW IT DIFFERS$/ ! s/^ {4}((nbd|qemu|make|autoreconf|sudo|\.\/)[^ ]*.*)/\1/p' |
+    join <"$test_dir/../README.md" |
+        sed -nE -e '/^## Recipes$/,/^## How it differs$/ s/^ {4}([^ ].*)/\1/p' \
+            -e '/^## Recipes$/,/^## How it differs$/ ! s/^ {4}((nbd|qemu|make|autoreconf|sudo|\.\/)[^ ]*.*)/\1/p' |
         sed -E 's/ {4,}.*//'
     # All that is verbatim, but for XML.
     join <"$test_dir/../nbdkit-cow-filter.pod" |

@@ -37,11 +37,13 @@ def prepare():
     """The bases by name.  "files" is for the limit: exports "copy", a full copy of the
     disk, and "sparse", a file that a call of bases["sparse"] empties.
     """
-    disk, packed, empty, files = (os.path.join(servers.work, n)
-                                  for n in ("disk", "packed", "empty", "files"))
+    disk, packed, golden, empty, files = (
+        os.path.join(servers.work, n)
+        for n in ("disk", "packed", "golden", "empty", "files"))
     os.mkdir(files)
     random_file(disk)
     random_file(os.path.join(files, "copy"))
+    sparse_file(golden, 10 * G)
     sparse_file(empty, 1024 * G)
     packed = packed_file(packed)
     return {
@@ -49,6 +51,7 @@ def prepare():
         "slow": Base(disk, "--filter=noextents --filter=delay file {file} rdelay=1ms",
                      others=False),
         "xz": Base(packed, "--filter=xz file {file}", others=False),
+        "golden": Base(golden),
         "empty": Base(empty),
         "files": Base(None, "file dir=" + files),
         "sparse": lambda: sparse_file(os.path.join(files, "sparse"), DISK),

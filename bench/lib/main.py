@@ -9,6 +9,7 @@ smallest and the largest.
 import argparse
 import functools
 import os
+import random
 import re
 import signal
 import sys
@@ -25,11 +26,6 @@ import zeroing
 from servers import ALTERNATIVES, G, KINDS
 
 MEMORY = "/dev/shm"
-
-
-def rotated(items, by):
-    by %= len(items)
-    return items[by:] + items[:by]
 
 
 class Part:
@@ -53,7 +49,10 @@ class Part:
             return []
         if quick:
             return self.quick
-        return [k for k in rotated(self.kinds, i) if i == 0 or k not in self.once]
+        kinds = [k for k in self.kinds if i == 0 or k not in self.once]
+        # Not in rotation: each would always come after the same one.
+        random.Random("%s %d" % (self.name, i)).shuffle(kinds)
+        return kinds
 
 
 def only_cow(measure):
@@ -85,11 +84,10 @@ QUICK_SCALE = 32
 NEEDED = 16 * G, 6 * G
 
 
-def measure(parts, rounds, quick):
-    """{name of a job: {kind: [figure of each round]}}; figures are None where a kind
-    cannot do it.
+def measure(parts, rounds, quick, found):
+    """Fill in FOUND, {name of a job: {kind: [figure of each round]}}; figures are None
+    where a kind cannot do it.
     """
-    found = {job["name"]: {} for part in parts for job in part.jobs}
     made = bases.prepare()
     for i in range(rounds):
         for part in parts:
@@ -99,7 +97,6 @@ def measure(parts, rounds, quick):
                 for name, figure in part.run(kind, made, QUICK_SCALE if quick else 1):
                     found[name].setdefault(kind, []).append(figure)
     report.progress("")
-    return found
 
 
 def check_room(quick):
@@ -121,11 +118,17 @@ def run(args):
     for number in signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, lambda *_: sys.exit(1))
     servers.filter = args.filter
+    os.makedirs(args.out, exist_ok=True)
+    found = {job["name"]: {} for part in parts for job in part.jobs}
     with tempfile.TemporaryDirectory(prefix="cow-bench-", dir=MEMORY) as work, \
          tempfile.TemporaryDirectory(prefix="cow-bench-", dir=args.disk) as disk_work:
         servers.work, servers.disk_work = work, disk_work
-        found = measure(parts, rounds, args.quick)
-    return report.make(machine, parts, found, rounds, args.quick)
+        try:
+            measure(parts, rounds, args.quick, found)
+        finally:  # an hour's figures are not lost with the last one
+            result = report.make(machine, parts, found, rounds, args.quick)
+            report.save(result, os.path.join(args.out, "figures.json"))
+    return result
 
 
 def arguments():
@@ -150,7 +153,10 @@ def arguments():
     parser.add_argument("--disk", metavar="DIR", default="/var/tmp",
                         help="where to save diffs; default /var/tmp")
     parser.add_argument("--filter", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.markdown and not args.source:
+        parser.error("--markdown goes with --from")
+    return args
 
 
 def main():
@@ -159,9 +165,6 @@ def main():
         report.markdown(report.load(args.source))
         return
     result = report.load(args.source) if args.source else run(args)
-    os.makedirs(args.out, exist_ok=True)
-    if not args.source:
-        report.save(result, os.path.join(args.out, "figures.json"))
     report.charts(result, os.path.join(args.out, "charts"))
     report.show(result)
 

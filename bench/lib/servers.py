@@ -49,6 +49,14 @@ def warm(count):
     os.unlink(path)
 
 
+def listens(path):
+    """Does somebody listen on this socket?  (It is there a moment before.)"""
+    listening = "00010000"
+    with open("/proc/net/unix") as f:
+        return any(line.endswith(" %s\n" % path) and line.split()[3] == listening
+                   for line in f)
+
+
 class Base:
     """What lies under the overlay: NBDKIT, the words that make nbdkit serve it, with
     {file} for the file.  That is also what the other servers open; if not OTHERS, only
@@ -88,13 +96,11 @@ class Server:
         env = dict(os.environ, TMPDIR=work)
         self.process = subprocess.Popen(self.command(options), env=env, cwd=work,
                                         stdout=self.stdout, stderr=self.log())
+        self.wait_until(lambda: listens(self.sock), self.process)
+        self.pid = self.process.pid
         if self.kind == "nbd-server":
-            self.wait_for(self.pid_file(), self.process)
             with open(self.pid_file()) as f:
                 self.pid = int(f.read())
-        else:
-            self.pid = self.process.pid
-        self.wait_for(self.sock, self.process)
 
     def log(self):
         return open(os.path.join(work, "log"), "a")
@@ -133,7 +139,7 @@ class Server:
         sock = self.sock + ".base"
         self.base_server = subprocess.Popen(
             ["nbdkit", "-f", "-U", sock, *self.base.nbdkit], stderr=self.log())
-        self.wait_for(sock, self.base_server)
+        self.wait_until(lambda: listens(sock), self.base_server)
         return "nbd+unix:///?socket=" + sock
 
     def nbd_server(self):
@@ -150,10 +156,9 @@ class Server:
     def pid_file(self):
         return self.sock + ".pid"
 
-    def wait_for(self, path, process):
+    def wait_until(self, ready, process):
         deadline = time.monotonic() + 30
-        while not os.path.exists(path) or (path.endswith(".pid")
-                                           and not os.path.getsize(path)):
+        while not ready():
             if process.poll() or time.monotonic() > deadline:
                 with open(os.path.join(work, "log")) as f:
                     sys.exit("bench: %s did not start; the servers' log is:\n%s"
