@@ -203,10 +203,11 @@ struct slot_change {
 /* A request's changes, from change_begin to change_end. */
 struct change {
   struct overlay *o;
-  uint64_t first;   /* number of the first slot */
-  size_t count;     /* of slots */
-  uint64_t stripes; /* slot locks held, one bit each */
-  uint64_t nr_l2;   /* L2 tables that space was set aside for */
+  uint64_t first;    /* number of the first slot */
+  size_t count;      /* of slots */
+  uint64_t stripes;  /* slot locks held, one bit each */
+  uint64_t nr_l2;    /* L2 tables that space was set aside for */
+  uint64_t nr_fresh; /* slots that get a fresh place */
   struct slot_change *slots;
   struct slot_change few[17]; /* enough for 2 MiB in blocks of 4 KiB */
 };
@@ -254,6 +255,7 @@ change_begin (struct change *c, struct overlay *o, uint64_t offset,
   c->count = (size_t) (((end - 1) >> o->slot_shift) - c->first + 1);
   c->stripes = stripes_of (c->first, c->count);
   c->nr_l2 = 0;
+  c->nr_fresh = 0;
   c->slots = c->few;
   if (c->count > sizeof c->few / sizeof c->few[0]) {
     c->slots = malloc (c->count * sizeof *c->slots);
@@ -268,18 +270,26 @@ change_begin (struct change *c, struct overlay *o, uint64_t offset,
     return ESHUTDOWN;
   }
 
-  for (size_t i = 0; i < c->count; ++i) {
-    struct slot *slot = map_touch (&o->map, c->first + i);
+  for (size_t i = 0, in_row = 0; i < c->count; ++i) {
+    const uint64_t nr = c->first + i;
+    struct slot *slot;
 
-    if (!slot) {
-      change_unlock (c);
-      return ENOMEM;
+    if (in_row == 0) {
+      slot = map_touch (&o->map, nr);
+      if (!slot) {
+        change_unlock (c);
+        return ENOMEM;
+      }
+      in_row = map_in_row (&o->map, nr);
     }
-    c->slots[i] = (struct slot_change) { .nr = c->first + i, .slot = slot };
+    else
+      slot = c->slots[i - 1].slot + 1;
+    in_row--;
+
+    c->slots[i] = (struct slot_change) { .nr = nr, .slot = slot };
     c->slots[i].found = slot_load (slot);
     c->slots[i].place = c->slots[i].found.place;
-    c->slots[i].shared
-      = map_is_shared (&o->map, c->first + i, c->slots[i].place);
+    c->slots[i].shared = map_is_shared (&o->map, nr, c->slots[i].place);
   }
   return 0;
 }
@@ -344,7 +354,7 @@ l2_table_is_touched (const struct overlay *o, uint64_t nr)
  * Two requests that are both the first set it aside twice.  0 or an errno value.
  */
 static int
-change_reserve_tables (struct change *c, bool took_places)
+change_reserve_tables (struct change *c)
 {
   struct overlay *o = c->o;
   uint64_t last_l2 = UINT64_MAX;
@@ -365,7 +375,7 @@ change_reserve_tables (struct change *c, bool took_places)
   }
 
   /* What takes no place makes the file no longer, and so wants nothing. */
-  if (took_places && tables_reserve_refcounts (&o->tables) == -1)
+  if (c->nr_fresh > 0 && tables_reserve_refcounts (&o->tables) == -1)
     return errno;
   return 0;
 }
@@ -376,13 +386,13 @@ change_reserve_tables (struct change *c, bool took_places)
 static int
 change_take_places (struct change *c)
 {
-  uint64_t place = 0, got = 0, wanted = 0;
+  uint64_t place = 0, got = 0, wanted;
 
   for (size_t i = 0; i < c->count; ++i)
-    wanted += needs_place (&c->slots[i]);
-  const bool took_places = wanted > 0;
+    c->nr_fresh += needs_place (&c->slots[i]);
 
-  for (size_t i = 0; i < c->count; ++i) {
+  wanted = c->nr_fresh;
+  for (size_t i = 0; wanted + got > 0; ++i) {
     if (!needs_place (&c->slots[i]))
       continue;
     if (got == 0) {
@@ -394,7 +404,7 @@ change_take_places (struct change *c)
     c->slots[i].place = place++;
     got--;
   }
-  return change_reserve_tables (c, took_places);
+  return change_reserve_tables (c);
 }
 
 /* To the fresh place of a slot that was shared, bring along the bytes of those
@@ -442,7 +452,7 @@ change_prepare (struct change *c, uint64_t offset, uint64_t end)
 {
   const int err = change_take_places (c);
 
-  return err ? err : change_bring (c, offset, end);
+  return err || c->nr_fresh == 0 ? err : change_bring (c, offset, end);
 }
 
 /* Of the NR_PARTS pieces of memory, which lie one behind the other, those that

@@ -223,6 +223,14 @@ map_touch (struct map *map, uint64_t nr)
   return node ? slot_in_leaf (node, nr) : NULL;
 }
 
+uint64_t
+map_in_row (const struct map *map, uint64_t nr)
+{
+  const uint64_t leaf_end = (nr | ((1 << LEAF_BITS) - 1)) + 1;
+
+  return MIN (leaf_end, map->nr_slots) - nr;
+}
+
 struct slot_pair
 slot_load (const struct slot *slot)
 {

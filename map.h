@@ -79,6 +79,11 @@ extern struct slot *map_find (const struct map *map, uint64_t nr);
  */
 extern struct slot *map_touch (struct map *map, uint64_t nr);
 
+/* How many slots from NR on, that one included, lie one behind the other in memory:
+ * having found or touched NR, one has them all.
+ */
+extern uint64_t map_in_row (const struct map *map, uint64_t nr);
+
 /* The first slot number >= NR for which map_find may return a slot, or
  * nr_slots.  Skips whole subtrees that were never touched.  Caller holds the
  * request lock, or the frozen map.

@@ -151,6 +151,33 @@ next_skips_what_is_not_there (void **state)
   map_destroy (&map);
 }
 
+/* As many slots as map_in_row says are where it says, and no more: walking over the
+ * map by rows comes to each slot, and takes as few steps as there are leaves.
+ */
+static void
+slots_in_a_row (void **state)
+{
+  const uint64_t n = 3 * 256 + 5;
+  uint64_t rows = 0;
+  struct map map;
+
+  (void) state;
+  map_init (&map, n);
+  for (uint64_t nr = 0; nr < n; ++rows) {
+    struct slot *slot = map_touch (&map, nr);
+    const uint64_t in_row = map_in_row (&map, nr);
+
+    assert_in_range (in_row, 1, n - nr);
+    for (uint64_t i = 0; i < in_row; ++i)
+      assert_ptr_equal (map_touch (&map, nr + i), slot + i);
+    nr += in_row;
+  }
+  assert_int_equal (rows, 4);
+  assert_int_equal (map_in_row (&map, 255), 1);
+  assert_int_equal (map_in_row (&map, n - 2), 2);
+  map_destroy (&map);
+}
+
 static void
 out_of_memory_changes_nothing (void **state)
 {
@@ -945,6 +972,7 @@ main (void)
     cmocka_unit_test (touched_is_found_again),
     cmocka_unit_test (no_slots),
     cmocka_unit_test (next_skips_what_is_not_there),
+    cmocka_unit_test (slots_in_a_row),
     cmocka_unit_test (out_of_memory_changes_nothing),
     cmocka_unit_test (readers_see_consistent_pairs),
     cmocka_unit_test (threads_grow_one_tree),
