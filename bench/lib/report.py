@@ -24,8 +24,17 @@ def progress(line):
 # The result: a dictionary that can be written as JSON
 
 def first_line(*command):
-    out = subprocess.run(command, capture_output=True, text=True).stdout
+    try:
+        out = subprocess.run(command, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        out = None
     return out.splitlines()[0] if out else "?"
+
+
+def commit():
+    """Which sources were measured; "?" where they are no clone."""
+    return first_line("git", "-C", os.path.dirname(os.path.abspath(__file__)),
+                      "describe", "--always", "--dirty")
 
 
 def machine():
@@ -47,6 +56,7 @@ def machine():
 def make(machine_used, parts, found, rounds, quick):
     return {
         "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
         "machine": machine_used,
         "rounds": rounds,
         "quick": quick,
@@ -149,9 +159,10 @@ def show_job(job, kinds):
 def show(result):
     m = result["machine"]
     print("%s; %s; %s" % (m["cpu"], m["system"], ", ".join(m["programs"])))
-    print("%s, rounds: %d%s\n" % (result["date"], result["rounds"],
-                                  ", QUICK: of much less than the titles say, and not "
-                                  "to be relied on" if result["quick"] else ""))
+    print("%s, commit %s, rounds: %d%s\n" % (
+        result["date"], result.get("commit", "?"), result["rounds"],
+        ", QUICK: of much less than the titles say, and not to be relied on"
+        if result["quick"] else ""))
     for kind, words in KINDS.items():
         print("%-14s %s" % (kind, words))
     print("/limit, /best   how many times better than the limit, than the best of the "

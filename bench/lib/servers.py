@@ -175,13 +175,17 @@ class Server:
         # After an error it may have clients, for which it would wait.
         status = self.end(signal.SIGKILL if error else signal.SIGTERM)
         if status and not error:
-            sys.exit("bench: %s ended with status %d" % (KINDS[self.kind], status))
+            sys.exit("bench: %s failed, with status %d" % (KINDS[self.kind], status))
 
     def end(self, number):
         """End it, and remove what it has left.  Returns its exit status."""
         status = 0
         if self.kind == "nbd-server" and self.pid:
-            os.kill(self.pid, number)
+            # No child of ours any more, so there is no status.
+            try:
+                os.kill(self.pid, number)
+            except ProcessLookupError:
+                status = 1
             while os.path.exists("/proc/%d" % self.pid):
                 time.sleep(0.0005)
         elif self.process:
