@@ -1358,13 +1358,12 @@ blk_cache (struct overlay *o, const struct base *base, enum on_cache on_cache,
   return 0;
 }
 
-/* What the base says of a request's holes.  It is asked of all that is left of the
- * request at once, as each question may make it search far beyond its end.
- */
+/* What the base says of a request's holes. */
 struct below {
   struct nbdkit_extents *answer; /* NULL: not asked */
-  size_t next;  /* the first of its extents that is not behind us */
-  uint64_t end; /* of the last one */
+  size_t next;    /* the first of its extents that is not behind us */
+  uint64_t end;   /* of the last one */
+  uint64_t first; /* where it was first asked */
 };
 
 static void
@@ -1379,8 +1378,8 @@ cleanup_below (struct below *b)
  * lock.
  */
 static int
-ask_below (struct below *b, const struct base *base, uint64_t offset,
-           uint64_t end, uint32_t flags, int *err)
+ask_once (struct below *b, const struct base *base, uint64_t offset,
+          uint64_t end, uint32_t flags, int *err)
 {
   uint64_t covered;
 
@@ -1397,6 +1396,27 @@ ask_below (struct below *b, const struct base *base, uint64_t offset,
     return -1;
   b->end = offset + covered;
   return 0;
+}
+
+/* Ask of a run of holes, OFFSET .. RUN_END-1, and of what comes behind it, as far as
+ * END.  Caller holds no lock.
+ *
+ * Each question may make the base search far, and it may have much to say of what the
+ * overlay covers, or fail there.  So it is asked of as much again as was walked over
+ * since the first question: a few times for many holes, and little in vain for few.
+ */
+static int
+ask_below (struct below *b, const struct base *base, uint64_t offset,
+           uint64_t run_end, uint64_t end, uint32_t flags, int *err)
+{
+  uint64_t far;
+
+  if (!b->answer)
+    b->first = offset;
+  far = MIN (offset + 2 * (offset - b->first), end);
+  if (far > run_end && ask_once (b, base, offset, far, flags, err) == 0)
+    return 0;
+  return ask_once (b, base, offset, run_end, flags, err);
 }
 
 /* Add what the answer says of *POS .. END-1, and move *POS behind that. */
@@ -1447,8 +1467,8 @@ extents_of_disk (const struct disk *d, const struct base *base, uint32_t count,
       if (only_one && nbdkit_extents_count (extents) > 0)
         break;
       if (offset >= below.end
-          && ask_below (&below, base, offset, only_one ? run_end : end, flags,
-                        err)
+          && ask_below (&below, base, offset, run_end,
+                        only_one ? run_end : end, flags, err)
                == -1)
         return -1;
       if (add_below (&below, &offset, run_end, extents, err) == -1)
