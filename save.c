@@ -215,7 +215,7 @@ struct job {
   char *backing;  /* of source, where we have made it up */
   bool finished;  /* its file is an image */
   bool published; /* an image has the name that it is to have */
-  bool unsynced;  /* its file could not be synced: do not rely on it */
+  bool damaged;   /* perhaps: its disk did not take all of its file */
   char
     *failure; /* what went wrong first, or NULL: there is no memory to say */
 };
@@ -272,6 +272,19 @@ write_all (int fd, const char *buf, size_t count)
   return 0;
 }
 
+/* Fail if the overlay's file is not what was written to it: what the kernel could not
+ * write to the disk, it has forgotten or will forget.
+ */
+static int
+check_written (struct job *j)
+{
+  if (store_check_written (j->source.store) == 0)
+    return 0;
+  j->damaged = true;
+  return job_failed (j, "the disk of %s did not take all of the overlay",
+                     j->source.store->dir);
+}
+
 /* Write the image in the order of the disk, from its start to its end. */
 static int
 copy_out (struct job *j, int fd, const char *where)
@@ -326,6 +339,8 @@ save_to_stream (struct job *j)
     return job_failed (j, "cannot open it");
   }
   r = copy_out (j, t->fd, "it");
+  if (r == 0)
+    r = check_written (j);
 
   /* Pipes have no sync. */
   if (r == 0 && fsync (t->fd) == -1 && errno != EINVAL && errno != EROFS
@@ -358,7 +373,7 @@ publish (struct job *j, struct newfile *file, const char *path)
   if (newfile_publish (file, path, what, mode, &step) == 0)
     return 0;
   j->published = file->published;
-  j->unsynced = file == &j->source.store->file && step == NEWFILE_SYNC;
+  j->damaged = file == &j->source.store->file && step == NEWFILE_SYNC;
   return job_failed (j, "%s: %s", path, steps[step]);
 }
 
@@ -369,7 +384,7 @@ save_to_file (struct job *j, const char *path)
   int r;
 
   if (!j->s->options.compact) {
-    if (finish_in_place (j) == -1)
+    if (finish_in_place (j) == -1 || check_written (j) == -1)
       return -1;
     return publish (j, &j->source.store->file, path);
   }
@@ -377,6 +392,8 @@ save_to_file (struct job *j, const char *path)
   if (newfile_make (&copy, j->s->target->directory, NEWFILE_TO_PUBLISH) == -1)
     return job_failed (j, "cannot make a file in %s", j->s->target->directory);
   r = copy_out (j, copy.fd, j->s->target->directory);
+  if (r == 0)
+    r = check_written (j);
   if (r == 0)
     r = publish (j, &copy, path);
   newfile_discard (&copy);
@@ -416,15 +433,15 @@ keep_file (const struct job *j, struct newfile *file, const char *dir,
   return NULL;
 }
 
-/* Keep the overlay's own file.  Once a sync of it has failed, the kernel takes what
- * it could not write for written; a copy of what it still has is safer.
+/* Keep the overlay's own file.  Once a sync of it has failed, a copy of what the kernel
+ * still has is safer.
  */
 static char *
 keep_in_place (struct job *j)
 {
   struct store *store = j->source.store;
 
-  if (j->unsynced || finish_in_place (j) == -1)
+  if (j->damaged || finish_in_place (j) == -1)
     return NULL;
   return keep_file (j, &store->file, store->dir, true);
 }
@@ -461,7 +478,6 @@ keep (struct job *j)
   CLEANUP_FREE char *first = j->failure;
   CLEANUP_FREE char *kept = NULL;
   const char *failure = first ? first : "out of memory";
-  const char *what = "complete";
 
   j->failure = NULL;
   if (j->published) {
@@ -470,17 +486,22 @@ keep (struct job *j)
                   name, failure);
     return;
   }
+  j->damaged |= store_sync (j->source.store) == -1;
   kept = keep_in_place (j);
   if (!kept)
     kept = keep_copy (j);
   if (!kept) {
     kept = keep_unsynced (j);
-    what = "complete but perhaps damaged (it could not be synced)";
+    j->damaged = true;
   }
   if (kept)
-    nbdkit_error ("cow-save=%s: %s; the changes were kept, as a %s diff, in "
-                  "%s",
-                  name, failure, what, kept);
+    nbdkit_error ("cow-save=%s: %s; the changes were kept, as a complete "
+                  "diff, %sin %s",
+                  name, failure,
+                  j->damaged ? "perhaps damaged as its disk did not take all "
+                               "of it, "
+                             : "",
+                  kept);
   else
     nbdkit_error ("cow-save=%s: %s; the changes could not be kept elsewhere: "
                   "%s",

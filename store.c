@@ -134,6 +134,20 @@ store_write_back_early (struct store *store)
   store->write_back_early = true;
 }
 
+int
+store_check_written (struct store *store)
+{
+  return store->file.fd == -1
+           ? 0
+           : writeback_check (&store->writeback, store->file.fd);
+}
+
+int
+store_sync (struct store *store)
+{
+  return store->file.fd == -1 ? 0 : fsync (store->file.fd);
+}
+
 void
 store_destroy (struct store *store)
 {

@@ -76,6 +76,14 @@ extern void store_init (struct store *store, const char *dir,
  */
 extern void store_write_back_early (struct store *store);
 
+/* Has the kernel failed to write some of the file to its disk, as far as it has tried
+ * (writeback_check)?  0, or -1 and errno.
+ */
+extern int store_check_written (struct store *store);
+
+/* Sync the file.  0, or -1 and errno. */
+extern int store_sync (struct store *store);
+
 /* Close the file, which is gone unless it was published. */
 extern void store_destroy (struct store *store);
 

@@ -3,11 +3,12 @@
 /* Starting to write a file to its disk while it grows (see writeback.h).
  *
  * sync_file_range waits while the disk's queue is full, so that no request should
- * call it.  What it finds wrong is not lost: the sync at the end tells.
+ * call it.
  */
 
 #include <config.h>
 
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <time.h>
@@ -15,11 +16,15 @@
 #include "cleanup.h"
 #include "writeback.h"
 
-/* Files shorter than this are synced soon enough. */
-#define SMALLEST (UINT64_C (32) << 20)
+/* What is synced soon enough. */
+#define LITTLE (UINT64_C (32) << 20)
 
-/* All that the thread needs. */
-#define STACK_SIZE (64 << 10)
+/* Does it say that bytes are lost?  Not every file system knows the call. */
+static bool
+is_loss (int err)
+{
+  return err == EIO || err == ENOSPC || err == EDQUOT;
+}
 
 /* Sleep for a second.  Caller holds the lock. */
 static void
@@ -30,7 +35,7 @@ sleep_a_second (struct writeback *w)
   clock_gettime (CLOCK_MONOTONIC, &until);
   until.tv_sec++;
   while (!w->stop
-         && pthread_cond_timedwait (&w->changed, &w->lock, &until) == 0)
+         && pthread_cond_timedwait (&w->stopped, &w->lock, &until) == 0)
     ;
 }
 
@@ -38,26 +43,24 @@ static void *
 write_back (void *pointer)
 {
   struct writeback *w = pointer;
-  uint64_t written = 0;
 
   pthread_mutex_lock (&w->lock);
-  for (;;) {
-    const uint64_t end = w->end;
+  while (!w->stop && w->end > w->asked) {
+    const uint64_t start = w->asked, end = w->end;
 
     sleep_a_second (w);
     if (w->stop)
       break;
+    w->asked = end;
     pthread_mutex_unlock (&w->lock);
-    (void) sync_file_range (w->fd, (off_t) written, (off_t) (end - written),
-                            SYNC_FILE_RANGE_WRITE);
+    const int r = sync_file_range (w->fd, (off_t) start, (off_t) (end - start),
+                                   SYNC_FILE_RANGE_WRITE);
+    const int err = r == -1 ? errno : 0;
     pthread_mutex_lock (&w->lock);
-    written = end;
-
-    w->idle = true;
-    while (w->end == written && !w->stop)
-      pthread_cond_wait (&w->changed, &w->lock);
-    w->idle = false;
+    if (is_loss (err))
+      w->error = err;
   }
+  w->running = false;
   pthread_mutex_unlock (&w->lock);
   return NULL;
 }
@@ -71,27 +74,27 @@ writeback_init (struct writeback *w)
   pthread_mutex_init (&w->lock, NULL);
   pthread_condattr_init (&attr);
   pthread_condattr_setclock (&attr, CLOCK_MONOTONIC);
-  pthread_cond_init (&w->changed, &attr);
+  pthread_cond_init (&w->stopped, &attr);
   pthread_condattr_destroy (&attr);
 }
 
-/* Signals are for nbdkit's own threads.  Caller holds the lock. */
+/* Signals are for nbdkit's own threads.  Caller holds the lock, which a thread that is
+ * not running any more does not take again.
+ */
 static void
-start (struct writeback *w, int fd)
+start (struct writeback *w)
 {
-  pthread_attr_t attr;
   sigset_t all, old;
 
-  w->tried = true;
-  w->fd = fd;
-  if (pthread_attr_init (&attr) != 0)
-    return;
-  pthread_attr_setstacksize (&attr, STACK_SIZE);
+  if (w->to_join)
+    pthread_join (w->thread, NULL);
   sigfillset (&all);
   pthread_sigmask (SIG_SETMASK, &all, &old);
-  w->started = pthread_create (&w->thread, &attr, write_back, w) == 0;
+  w->running = w->to_join
+    = pthread_create (&w->thread, NULL, write_back, w) == 0;
   pthread_sigmask (SIG_SETMASK, &old, NULL);
-  pthread_attr_destroy (&attr);
+  if (!w->running)
+    w->asked = w->end; /* not tried again with the next request */
 }
 
 void
@@ -101,11 +104,26 @@ writeback_grown (struct writeback *w, int fd, uint64_t end)
 
   if (end <= w->end)
     return;
+  w->fd = fd;
   w->end = end;
-  if (w->idle)
-    pthread_cond_signal (&w->changed);
-  if (!w->tried && end >= SMALLEST)
-    start (w, fd);
+  if (!w->running && end - w->asked >= LITTLE)
+    start (w);
+}
+
+int
+writeback_check (struct writeback *w, int fd)
+{
+  int err;
+
+  {
+    LOCK_FOR_SCOPE (&w->lock);
+    err = w->error;
+  }
+  if (!err && sync_file_range (fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE) == -1
+      && is_loss (errno))
+    err = errno;
+  errno = err;
+  return err ? -1 : 0;
 }
 
 void
@@ -113,10 +131,10 @@ writeback_destroy (struct writeback *w)
 {
   pthread_mutex_lock (&w->lock);
   w->stop = true;
-  pthread_cond_signal (&w->changed);
+  pthread_cond_signal (&w->stopped);
   pthread_mutex_unlock (&w->lock);
-  if (w->started)
+  if (w->to_join)
     pthread_join (w->thread, NULL);
-  pthread_cond_destroy (&w->changed);
+  pthread_cond_destroy (&w->stopped);
   pthread_mutex_destroy (&w->lock);
 }

@@ -5,7 +5,8 @@
  * The kernel leaves that for half a minute.  A file that is going to be synced as a
  * whole is then still in memory, and syncing it takes as long as writing it.  Here a
  * thread asks for it about once a second, for what was added to the file more than a
- * second ago; parts that are written to again later are left to the kernel.
+ * second ago; parts that are written to again later are left to the kernel.  The
+ * thread ends when the file no longer grows.
  */
 
 #ifndef COW_WRITEBACK_H
@@ -17,22 +18,29 @@
 
 struct writeback {
   pthread_mutex_t lock; /* guards what follows; taken last of all */
-  pthread_cond_t changed;
+  pthread_cond_t stopped;
   bool stop;
-  bool idle;  /* the thread waits for the file to grow */
-  bool tried; /* to start the thread; constant from then on: started, fd */
-  bool started;
-  int fd;
+  bool running; /* the thread; it does not look at anything here after that */
+  bool to_join; /* there was one */
   uint64_t end; /* of the file, in bytes; never moves back */
+  uint64_t asked; /* the file was asked for as far as this */
+  int error;      /* that the kernel has answered with, or 0 */
+  int fd;
   pthread_t thread;
 };
 
 extern void writeback_init (struct writeback *w);
 
-/* The file FD has grown to END bytes.  A small file is left alone, and so is one for
- * which no thread can be had.
+/* The file FD has grown to END bytes.  A little more than before is left alone, and so
+ * is a file for which no thread can be had.
  */
 extern void writeback_grown (struct writeback *w, int fd, uint64_t end);
+
+/* Has the file FD lost something?  The kernel takes what it could not write to the disk
+ * for written, and forgets it.  Waits for what it is writing, but does not ask for
+ * more.  0, or -1 and errno; an error that a sync has told is not told again.
+ */
+extern int writeback_check (struct writeback *w, int fd);
 
 /* End the thread, which may have to wait for the disk.  To be called before FD is
  * closed.

@@ -289,11 +289,12 @@ rebased_is ()
     rm "$tmp/rebased"
 }
 
-# kept_diff LOG: where the one line of LOG says that the changes were kept.
+# kept_diff LOG: where the one line of LOG says that the changes were kept, perhaps
+# damaged or not.
 kept_diff ()
 {
     [ "$(grep -c 'error:' "$1")" -eq 1 ] || { cat "$1" >&2; die "not one error"; }
-    sed -n 's/.*error: .*the changes were kept, as a complete diff, in //p' "$1" |
+    sed -n 's/.*error: .*the changes were kept, as a complete diff, \(perhaps damaged .*, \)\?in //p' "$1" |
         grep . || { cat "$1" >&2; die "nothing was kept"; }
 }
 

@@ -173,6 +173,14 @@ write (int fd, const void *buf, size_t count)
              : REAL (name, fd, mode, offset, count);                          \
   }
 
+REPLACES int
+sync_file_range (int fd, __off64_t offset, __off64_t count, unsigned flags)
+{
+  return fails_fd ("sync_file_range", fd)
+           ? -1
+           : REAL (sync_file_range, fd, offset, count, flags);
+}
+
 SYNC (fsync)
 SYNC (fdatasync)
 POSITIONED (pwrite, off_t, const void *, size_t)

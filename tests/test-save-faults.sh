@@ -4,7 +4,8 @@
 # Each write, sync, link, rename, truncation and allocation of a save fails in turn.
 # Whatever fails: the target is what it was before, or the complete diff; in the first case
 # the one line on standard error names a complete diff that was kept elsewhere, and the
-# server ends with status 1.
+# server ends with status 1.  Where the overlay's disk did not take all of it, the line
+# says that what was kept may be damaged.
 #
 # The calls are made to fail by save-faults.c.  Once alone; and in the target's file
 # system that one and all that follow, as on a disk that breaks.
@@ -28,6 +29,20 @@ fi
 start_nbdkit file "$tmp/base" cow-save="$tmp/old"
 echo "connect().pwrite(b'old' * 5000, 70000)" | py
 stop_nbdkit
+
+# damaged WHAT: the log says so just where a call has failed that is about what the disk
+# took of the overlay.
+damaged ()
+{
+    local wanted=0
+    case $hit,$1 in
+        sync_file_range,*) wanted=1 ;;
+        fsync,*cow-save-compact*) ;;
+        fsync,*) wanted=1 ;;
+    esac
+    [ "$(grep -c 'perhaps damaged as its disk' "$log")" -eq $wanted ] ||
+        die "$1 ($hit): wrong about damage"
+}
 
 # run OLD-OR-NEW FIRST LAST ERRNO ARGS...: makes calls FIRST..LAST of the save fail.
 # Sets $hit, the names of calls that failed.
@@ -84,6 +99,7 @@ END
     fi
     kept=$(kept_diff "$log") || die "$what ($hit): nothing was kept"
     diff_is "$kept" "$tmp/base" "$tmp/wanted"
+    [ $mode = on ] || damaged "$*"
     # Nothing else is left.
     rm "$kept"
     [ "$target" = new ] || rm "$tmp/t/diff"

@@ -3,6 +3,7 @@
 #
 # A large overlay whose file is going to be the diff is written to its disk while it grows
 # (seen with strace), what is added later too; one that is thrown away, or copied, is not.
+# What goes wrong then is told at the end.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 no_leak_check
@@ -32,22 +33,52 @@ else:
 END
 }
 
+threads ()
+{
+    find "/proc/$pid/task" -mindepth 1 -maxdepth 1 | wc -l
+}
+
+# no_more_threads: the thread that does it ends when there is nothing to do.
+no_more_threads ()
+{
+    local i
+    for ((i = 0; i < guard * 20; i++)); do
+        [ "$(threads)" -gt "$threads" ] || return 0
+        sleep 0.05
+    done
+    die "a thread is left"
+}
+
 for more in "" cow-save=- "cow-save=$tmp/diff cow-save-compact=true"; do
     : >"$tmp/strace"
     # shellcheck disable=SC2086
     start_nbdkit memory 1G $more >"$tmp/stream"
     write_and_wait 0 "thrown away"
     stop_nbdkit
-    ! grep sync_file_range "$tmp/strace" ||
+    ! grep "sync_file_range.*_WRITE" "$tmp/strace" ||
         die "an overlay was written back that is thrown away ($more)"
 done
 
 start_nbdkit memory 1G cow-save="$tmp/diff"
+threads=$(threads)
 write_and_wait 0 saved
+no_more_threads
 write_and_wait 64 saved
+no_more_threads
 stop_nbdkit
 ! grep "sync_file_range.*= -1" "$tmp/strace" || die "not all of it went well"
 sound_diff "$tmp/diff"
 [ "$(qemu-img map --output=json "$tmp/diff" |
          jq '[.[] | select(.data) | .length] | add')" -eq $((128 << 20)) ] ||
     die "the diff is not all that was written"
+
+under+=(-e inject=sync_file_range:error=EIO:when=1)
+mkdir "$tmp/t" "$tmp/kept"
+: >"$tmp/strace"
+TMPDIR=$tmp/kept start_nbdkit memory 1G cow-save="$tmp/t/diff"
+write_and_wait 0 saved
+end_nbdkit TERM 1
+log_has "error: cow-save=$tmp/t/diff: the disk of $tmp/t did not take all of the overlay"
+log_has "as a complete diff, perhaps damaged as its disk did not take all of it, in $tmp/kept/"
+sound_diff "$(kept_diff "$log")"
+only_files "$tmp/t"
