@@ -107,27 +107,38 @@ def check_room(quick):
                  % (MEMORY, needed // G))
 
 
+def end_on_signals():
+    """So that servers and files are gone whatever ends us; by the first signal, for a
+    second one may come while they are being removed.
+    """
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+    def end(_number, _frame):
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        sys.exit("bench: interrupted")
+
+    for number in signals:
+        signal.signal(number, end)
+
+
 def run(args):
-    parts = [p for p in PARTS if re.search(args.parts, p.name)]
-    if not parts:
-        sys.exit("bench: --parts=%s is no part's name; see --help" % args.parts)
     check_room(args.quick)
     machine = report.machine()
-    rounds = args.rounds or (1 if args.quick else 5)
-    # So that servers and files are gone whatever ends us.
-    for number in signal.SIGTERM, signal.SIGHUP:
-        signal.signal(number, lambda *_: sys.exit(1))
+    end_on_signals()
     servers.filter = args.filter
-    os.makedirs(args.out, exist_ok=True)
-    found = {job["name"]: {} for part in parts for job in part.jobs}
+    found = {job["name"]: {} for part in args.parts for job in part.jobs}
+    name = "figures-incomplete.json"  # until they are
     with tempfile.TemporaryDirectory(prefix="cow-bench-", dir=MEMORY) as work, \
          tempfile.TemporaryDirectory(prefix="cow-bench-", dir=args.disk) as disk_work:
         servers.work, servers.disk_work = work, disk_work
         try:
-            measure(parts, rounds, args.quick, found)
+            measure(args.parts, args.rounds, args.quick, found)
+            name = "figures.json"
         finally:  # an hour's figures are not lost with the last one
-            result = report.make(machine, parts, found, rounds, args.quick)
-            report.save(result, os.path.join(args.out, "figures.json"))
+            result = report.make(machine, args.parts, found, args.rounds, args.quick)
+            if any(found.values()):
+                report.save(result, os.path.join(args.out, name))
     return result
 
 
@@ -137,7 +148,8 @@ def arguments():
     parser.add_argument("--quick", action="store_true",
                         help="one round of little: shows that all works, no figures "
                         "to rely on")
-    parser.add_argument("--rounds", type=int, metavar="N", help="default 5")
+    parser.add_argument("--rounds", type=int, metavar="N", help="default 5, or with "
+                        "--quick 1")
     parser.add_argument("--parts", metavar="REGEX", default="",
                         help="only parts whose name matches; they are:\n"
                         + "\n".join(part.name for part in PARTS))
@@ -156,17 +168,36 @@ def arguments():
     args = parser.parse_args()
     if args.markdown and not args.source:
         parser.error("--markdown goes with --from")
+    if args.rounds is None:
+        args.rounds = 1 if args.quick else 5
+    if args.rounds < 1:
+        parser.error("--rounds=%d: must be 1 or more" % args.rounds)
+    try:
+        args.parts = [p for p in PARTS if re.search(args.parts, p.name)]
+        if not args.parts:
+            parser.error("--parts: no part has such a name; --help lists them")
+        os.makedirs(args.out, exist_ok=True)
+        if args.source:
+            args.result = report.load(args.source)
+        elif not os.path.isdir(args.disk):
+            parser.error("--disk=%s: no directory" % args.disk)
+    except re.error as error:
+        parser.error("--parts=%s: %s" % (args.parts, error))
+    except OSError as error:
+        parser.error(str(error))
+    except ValueError as error:
+        parser.error("--from=%s: %s" % (args.source, error))
     return args
 
 
 def main():
     args = arguments()
     if args.markdown:
-        report.markdown(report.load(args.source))
+        report.markdown(args.result)
         return
-    result = report.load(args.source) if args.source else run(args)
-    report.charts(result, os.path.join(args.out, "charts"))
+    result = args.result if args.source else run(args)
     report.show(result)
+    report.charts(result, os.path.join(args.out, "charts"))
 
 
 if __name__ == "__main__":

@@ -313,8 +313,12 @@ def block(name, rows):
 
 
 def bars_chart(path, title, labels, kinds, value, more=""):
-    """A group of bars for each (name, label): VALUE (job name, kind)."""
+    """A group of bars for each (name, label): VALUE (job name, kind).  No chart where
+    there is no value.
+    """
     rows = [[label, *(value(name, k) for k in kinds)] for name, label in labels]
+    if all(v is None for row in rows for v in row[1:]):
+        return
     plots = ", ".join("$data using %d:xtic(1) title \"%s\" lc rgb '%s'"
                       % (i + 2, NAMES[k], COLOURS[k]) for i, k in enumerate(kinds))
     gnuplot(path, block("data", rows)
@@ -342,25 +346,24 @@ def charts(result, directory):
                   ("write-4k-fresh", "write 4K\\nfresh"),
                   ("write-4k-again", "write 4K\\nagain"),
                   ("read-1m", "read 1M"), ("write-1m-fresh", "write 1M\\nfresh")])
-    if speed:
-        bars_chart(os.path.join(directory, "speed.svg"),
-                   "Speed, as a share of the same with no overlay (more is better)",
-                   speed, ["cow", *ALTERNATIVES], share_of_limit,
-                   "set yrange [0:*]\nset arrow from graph 0, first 1 to graph 1, "
-                   "first 1 nohead lc rgb '#888888'")
+    bars_chart(os.path.join(directory, "speed.svg"),
+               "Speed, as a share of the same with no overlay (more is better)",
+               speed, ["cow", *ALTERNATIVES], share_of_limit,
+               "set yrange [0:*]\nset arrow from graph 0, first 1 to graph 1, "
+               "first 1 nohead lc rgb '#888888'")
 
     times = have([("zero-1g-fresh", "zero 1 GiB\\nfresh"),
                   ("zero-1g-written", "zero 1 GiB\\nwritten"),
                   ("extents-empty", "extents\\nempty 1 TiB"),
                   ("extents-fragmented", "extents\\nfragmented")])
-    if times:
-        bars_chart(os.path.join(directory, "ranges.svg"),
-                   "Requests about large ranges: milliseconds (less is better)",
-                   times, list(KINDS), median, "set logscale y\nset format y '%g'")
+    bars_chart(os.path.join(directory, "ranges.svg"),
+               "Requests about large ranges: milliseconds (less is better)",
+               times, list(KINDS), median, "set logscale y\nset format y '%g'")
 
-    if "memory-100" in jobs:
+    kinds = [k for k in ["cow", *ALTERNATIVES]
+             if "memory-100" in jobs and median("memory-100", k)]
+    if kinds:
         percents = 0, 25, 50, 100
-        kinds = [k for k in ["cow", *ALTERNATIVES] if median("memory-100", k)]
         rows = [[float(p), *(median("memory-%d" % p, k) for k in kinds)]
                 for p in percents]
         plots = ", ".join("$data using 1:%d title \"%s\" with linespoints lw 2 "
