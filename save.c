@@ -338,7 +338,10 @@ save_to_stream (struct job *j)
     }
     return job_failed (j, "cannot open it");
   }
-  r = copy_out (j, t->fd, "it");
+  /* Rather no stream than one that may be damaged. */
+  r = check_written (j);
+  if (r == 0)
+    r = copy_out (j, t->fd, "it");
   if (r == 0)
     r = check_written (j);
 
@@ -468,7 +471,9 @@ keep_unsynced (struct job *j)
 {
   struct store *store = j->source.store;
 
-  return j->finished ? keep_file (j, &store->file, store->dir, false) : NULL;
+  return finish_in_place (j) == -1
+           ? NULL
+           : keep_file (j, &store->file, store->dir, false);
 }
 
 static void

@@ -82,3 +82,17 @@ log_has "error: cow-save=$tmp/t/diff: the disk of $tmp/t did not take all of the
 log_has "as a complete diff, perhaps damaged as its disk did not take all of it, in $tmp/kept/"
 sound_diff "$(kept_diff "$log")"
 only_files "$tmp/t"
+
+# A stream: there is none where it is known before, and the status tells it if it shows
+# in the end.
+for when in 1 2; do
+    under=(strace -f -qq -o "$tmp/strace" -e trace=sync_file_range -e signal=none
+           -e "inject=sync_file_range:error=EIO:when=$when")
+    rm -f "$tmp"/kept/*
+    TMPDIR=$tmp/kept start_nbdkit memory 1G cow-save=- >"$tmp/stream"
+    echo "connect().pwrite(os.urandom(M), 5 * M)" | py
+    end_nbdkit TERM 1
+    log_has "error: cow-save=-: the disk of $tmp/kept did not take all of the overlay"
+    sound_diff "$(kept_diff "$log")"
+    [ $when -eq 2 ] || [ ! -s "$tmp/stream" ] || die "there is a stream"
+done

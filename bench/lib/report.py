@@ -47,7 +47,8 @@ def machine():
     return {
         "cpu": "%d x %s" % (os.cpu_count(), cpu),
         "system": "%s, Linux %s" % (system, platform.release()),
-        "programs": [first_line("nbdkit", "--version"),
+        "programs": ["nbdkit-cow-filter " + commit(),
+                     first_line("nbdkit", "--version"),
                      first_line("qemu-nbd", "--version").split("(")[0].strip(),
                      first_line("fio", "--version")],
     }
@@ -56,7 +57,6 @@ def machine():
 def make(machine_used, parts, found, rounds, quick):
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
         "machine": machine_used,
         "rounds": rounds,
         "quick": quick,
@@ -159,8 +159,8 @@ def show_job(job, kinds):
 def show(result):
     m = result["machine"]
     print("%s; %s; %s" % (m["cpu"], m["system"], ", ".join(m["programs"])))
-    print("%s, commit %s, rounds: %d%s\n" % (
-        result["date"], result.get("commit", "?"), result["rounds"],
+    print("%s, rounds: %d%s\n" % (
+        result["date"], result["rounds"],
         ", QUICK: of much less than the titles say, and not to be relied on"
         if result["quick"] else ""))
     for kind, words in KINDS.items():
