@@ -176,7 +176,8 @@ def arguments():
         args.parts = [p for p in PARTS if re.search(args.parts, p.name)]
         if not args.parts:
             parser.error("--parts: no part has such a name; --help lists them")
-        os.makedirs(args.out, exist_ok=True)
+        if not args.markdown:
+            os.makedirs(args.out, exist_ok=True)
         if args.source:
             args.result = report.load(args.source)
         elif not os.path.isdir(args.disk):
