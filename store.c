@@ -135,6 +135,12 @@ store_write_back_early (struct store *store)
 }
 
 int
+store_check_early (struct store *store)
+{
+  return writeback_told (&store->writeback);
+}
+
+int
 store_check_written (struct store *store)
 {
   return store->file.fd == -1
@@ -145,7 +151,9 @@ store_check_written (struct store *store)
 int
 store_sync (struct store *store)
 {
-  return store->file.fd == -1 ? 0 : fsync (store->file.fd);
+  if (store->file.fd == -1)
+    return 0;
+  return store_check_early (store) == -1 ? -1 : fsync (store->file.fd);
 }
 
 void

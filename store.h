@@ -76,12 +76,13 @@ extern void store_init (struct store *store, const char *dir,
  */
 extern void store_write_back_early (struct store *store);
 
-/* Has the kernel failed to write some of the file to its disk, as far as it has tried
- * (writeback_check)?  0, or -1 and errno.
+/* Has some of the file been lost on its way to the disk, as far as early write-back was
+ * told, or as far as the kernel has tried (writeback.h)?  0, or -1 and errno.
  */
+extern int store_check_early (struct store *store);
 extern int store_check_written (struct store *store);
 
-/* Sync the file.  0, or -1 and errno. */
+/* Sync the file.  0, or -1 and errno, also if some of it was lost before. */
 extern int store_sync (struct store *store);
 
 /* Close the file, which is gone unless it was published. */

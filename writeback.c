@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "cleanup.h"
 #include "writeback.h"
@@ -19,11 +20,20 @@
 /* What is synced soon enough. */
 #define LITTLE (UINT64_C (32) << 20)
 
-/* Does it say that bytes are lost?  Not every file system knows the call. */
+/* Has the thread's call lost bytes?  (Others, such as ENOMEM, leave them to be written
+ * later.)
+ */
 static bool
 is_loss (int err)
 {
   return err == EIO || err == ENOSPC || err == EDQUOT;
+}
+
+/* May the call itself be what is wrong?  Not every sandbox knows it. */
+static bool
+may_be_refused (int err)
+{
+  return err == ENOSYS || err == EINVAL || err == ESPIPE || err == EPERM;
 }
 
 /* Sleep for a second.  Caller holds the lock. */
@@ -111,17 +121,34 @@ writeback_grown (struct writeback *w, int fd, uint64_t end)
 }
 
 int
+writeback_told (struct writeback *w)
+{
+  LOCK_FOR_SCOPE (&w->lock);
+
+  errno = w->error;
+  return w->error ? -1 : 0;
+}
+
+/* Wait until what the kernel is writing of FD is written.  0 or an errno value: any
+ * that a file system has noted, but that once only.
+ */
+static int
+wait_for_kernel (int fd)
+{
+  return sync_file_range (fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE) == -1 ? errno
+                                                                       : 0;
+}
+
+int
 writeback_check (struct writeback *w, int fd)
 {
-  int err;
+  if (writeback_told (w) == -1)
+    return -1;
 
-  {
-    LOCK_FOR_SCOPE (&w->lock);
-    err = w->error;
-  }
-  if (!err && sync_file_range (fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE) == -1
-      && is_loss (errno))
-    err = errno;
+  const int err = wait_for_kernel (fd);
+  /* Whoever refuses the call does that each time. */
+  if (may_be_refused (err) && wait_for_kernel (fd) == err)
+    return fsync (fd);
   errno = err;
   return err ? -1 : 0;
 }

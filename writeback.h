@@ -36,9 +36,13 @@ extern void writeback_init (struct writeback *w);
  */
 extern void writeback_grown (struct writeback *w, int fd, uint64_t end);
 
-/* Has the file FD lost something?  The kernel takes what it could not write to the disk
- * for written, and forgets it.  Waits for what it is writing, but does not ask for
- * more.  0, or -1 and errno; an error that a sync has told is not told again.
+/* What the thread was told: 0, or -1 and errno if some of the file was lost. */
+extern int writeback_told (struct writeback *w);
+
+/* The same, and has the file FD lost something as far as the kernel has written it?
+ * What it cannot write to the disk it takes for written, and forgets.  Waits for what
+ * it is writing, but does not ask for more.  0, or -1 and errno: a sync will not tell
+ * that again.
  */
 extern int writeback_check (struct writeback *w, int fd);
 

@@ -52,7 +52,7 @@ no_more_threads ()
 for more in "" cow-save=- "cow-save=$tmp/diff cow-save-compact=true"; do
     : >"$tmp/strace"
     # shellcheck disable=SC2086
-    start_nbdkit memory 1G $more >"$tmp/stream"
+    start_nbdkit memory 1G $more
     write_and_wait 0 "thrown away"
     stop_nbdkit
     ! grep "sync_file_range.*_WRITE" "$tmp/strace" ||
@@ -67,6 +67,8 @@ write_and_wait 64 saved
 no_more_threads
 stop_nbdkit
 ! grep "sync_file_range.*= -1" "$tmp/strace" || die "not all of it went well"
+# Waiting takes an error away that the sync has to tell.
+! grep "sync_file_range.*_WAIT" "$tmp/strace" || die "it was waited for"
 sound_diff "$tmp/diff"
 [ "$(qemu-img map --output=json "$tmp/diff" |
          jq '[.[] | select(.data) | .length] | add')" -eq $((128 << 20)) ] ||
@@ -83,16 +85,30 @@ log_has "as a complete diff, perhaps damaged as its disk did not take all of it,
 sound_diff "$(kept_diff "$log")"
 only_files "$tmp/t"
 
-# A stream: there is none where it is known before, and the status tells it if it shows
-# in the end.
-for when in 1 2; do
+# stream INJECTED STATUS: 1 MiB that is streamed at the end.
+stream ()
+{
     under=(strace -f -qq -o "$tmp/strace" -e trace=sync_file_range -e signal=none
-           -e "inject=sync_file_range:error=EIO:when=$when")
+           -e "inject=sync_file_range:$1")
     rm -f "$tmp"/kept/*
-    TMPDIR=$tmp/kept start_nbdkit memory 1G cow-save=- >"$tmp/stream"
+    timeout "$guard" cat "$tmp/fifo" >"$tmp/stream" &
+    local reader=$!
+    TMPDIR=$tmp/kept start_nbdkit memory 1G cow-save="$tmp/fifo"
     echo "connect().pwrite(os.urandom(M), 5 * M)" | py
-    end_nbdkit TERM 1
-    log_has "error: cow-save=-: the disk of $tmp/kept did not take all of the overlay"
+    end_nbdkit TERM "$2"
+    wait $reader
+}
+mkfifo "$tmp/fifo"
+
+# There is none where it is known before, and the status tells it if it shows in the
+# end, whatever the error is.
+for error in EIO:when=1 EIO:when=2 EREMOTEIO:when=1 EINVAL:when=1; do
+    stream error=$error 1
+    log_has "error: cow-save=$tmp/fifo: the disk of $tmp/kept did not take all of the overlay"
     sound_diff "$(kept_diff "$log")"
-    [ $when -eq 2 ] || [ ! -s "$tmp/stream" ] || die "there is a stream"
+    [ $error = EIO:when=2 ] || [ ! -s "$tmp/stream" ] || die "there is a stream"
 done
+
+# A sandbox that does not know the call.
+stream error=EINVAL 0
+sound_diff "$tmp/stream"

@@ -70,7 +70,10 @@ def make(machine_used, parts, found, rounds, quick):
 
 def load(path):
     with open(path) as f:
-        return json.load(f)
+        result = json.load(f)
+    if not isinstance(result, dict) or "parts" not in result:
+        raise ValueError("no figures of bench/run")
+    return result
 
 
 def save(result, path):

@@ -179,24 +179,30 @@ class Server:
 
     def end(self, number):
         """End it, and remove what it has left.  Returns its exit status."""
-        status = 0
+        try:
+            return self.end_process(number)
+        finally:
+            for process in self.process, self.base_server:
+                if process and process.poll() is None:
+                    process.kill()
+                    process.wait()
+            self.remove_files()
+
+    def end_process(self, number):
         if self.kind == "nbd-server" and self.pid:
             # No child of ours any more, so there is no status.
             try:
                 os.kill(self.pid, number)
             except ProcessLookupError:
-                status = 1
+                return 1
             while os.path.exists("/proc/%d" % self.pid):
                 time.sleep(0.0005)
-        elif self.process:
-            if self.process.poll() is None:
-                self.process.send_signal(number)
-            status = self.process.wait()
-        if self.base_server:
-            self.base_server.kill()
-            self.base_server.wait()
-        self.remove_files()
-        return status
+            return 0
+        if not self.process:
+            return 0
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait()
 
     def remove_files(self):
         for path in [self.sock, *glob.glob(self.sock + ".*"),
