@@ -392,7 +392,7 @@ change_take_places (struct change *c)
     c->nr_fresh += needs_place (&c->slots[i]);
 
   wanted = c->nr_fresh;
-  for (size_t i = 0; wanted + got > 0; ++i) {
+  for (size_t i = 0; i < c->count && wanted + got > 0; ++i) {
     if (!needs_place (&c->slots[i]))
       continue;
     if (got == 0) {
@@ -452,7 +452,9 @@ change_prepare (struct change *c, uint64_t offset, uint64_t end)
 {
   const int err = change_take_places (c);
 
-  return err || c->nr_fresh == 0 ? err : change_bring (c, offset, end);
+  if (err || c->nr_fresh == 0)
+    return err;
+  return change_bring (c, offset, end);
 }
 
 /* Of the NR_PARTS pieces of memory, which lie one behind the other, those that
@@ -1402,8 +1404,8 @@ ask_once (struct below *b, const struct base *base, uint64_t offset,
  * END.  Caller holds no lock.
  *
  * Each question may make the base search far, and it may have much to say of what the
- * overlay covers, or fail there.  So it is asked of as much again as was walked over
- * since the first question: a few times for many holes, and little in vain for few.
+ * overlay covers, or fail there.  So it is asked of twice what was walked over since
+ * the first question: a few times for many holes, and little in vain for few.
  */
 static int
 ask_below (struct below *b, const struct base *base, uint64_t offset,

@@ -376,7 +376,7 @@ publish (struct job *j, struct newfile *file, const char *path)
   if (newfile_publish (file, path, what, mode, &step) == 0)
     return 0;
   j->published = file->published;
-  j->damaged = file == &j->source.store->file && step == NEWFILE_SYNC;
+  j->damaged |= file == &j->source.store->file && step == NEWFILE_SYNC;
   return job_failed (j, "%s: %s", path, steps[step]);
 }
 

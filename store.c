@@ -137,7 +137,7 @@ store_write_back_early (struct store *store)
 int
 store_check_early (struct store *store)
 {
-  return writeback_told (&store->writeback);
+  return writeback_end (&store->writeback);
 }
 
 int

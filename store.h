@@ -77,7 +77,8 @@ extern void store_init (struct store *store, const char *dir,
 extern void store_write_back_early (struct store *store);
 
 /* Has some of the file been lost on its way to the disk, as far as early write-back was
- * told, or as far as the kernel has tried (writeback.h)?  0, or -1 and errno.
+ * told, or as far as the kernel has tried (writeback.h)?  0, or -1 and errno.  Caller
+ * is alone with the store, as with store_sync.
  */
 extern int store_check_early (struct store *store);
 extern int store_check_written (struct store *store);

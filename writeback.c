@@ -20,20 +20,21 @@
 /* What is synced soon enough. */
 #define LITTLE (UINT64_C (32) << 20)
 
-/* Has the thread's call lost bytes?  (Others, such as ENOMEM, leave them to be written
- * later.)
- */
-static bool
-is_loss (int err)
-{
-  return err == EIO || err == ENOSPC || err == EDQUOT;
-}
-
 /* May the call itself be what is wrong?  Not every sandbox knows it. */
 static bool
 may_be_refused (int err)
 {
   return err == ENOSYS || err == EINVAL || err == ESPIPE || err == EPERM;
+}
+
+/* Has the thread's call lost bytes?  After the others they are written later, and the
+ * sync tells how that went.
+ */
+static bool
+is_loss (int err)
+{
+  return err && err != ENOMEM && err != EAGAIN && err != EINTR
+         && !may_be_refused (err);
 }
 
 /* Sleep for a second.  Caller holds the lock. */
@@ -116,15 +117,20 @@ writeback_grown (struct writeback *w, int fd, uint64_t end)
     return;
   w->fd = fd;
   w->end = end;
-  if (!w->running && end - w->asked >= LITTLE)
+  if (!w->running && !w->stop && end - w->asked >= LITTLE)
     start (w);
 }
 
 int
-writeback_told (struct writeback *w)
+writeback_end (struct writeback *w)
 {
-  LOCK_FOR_SCOPE (&w->lock);
-
+  pthread_mutex_lock (&w->lock);
+  w->stop = true; /* from here on, start is not called any more */
+  pthread_cond_signal (&w->stopped);
+  pthread_mutex_unlock (&w->lock);
+  if (w->to_join)
+    pthread_join (w->thread, NULL);
+  w->to_join = false;
   errno = w->error;
   return w->error ? -1 : 0;
 }
@@ -135,14 +141,16 @@ writeback_told (struct writeback *w)
 static int
 wait_for_kernel (int fd)
 {
-  return sync_file_range (fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE) == -1 ? errno
-                                                                       : 0;
+  while (sync_file_range (fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE) == -1)
+    if (errno != EINTR)
+      return errno;
+  return 0;
 }
 
 int
 writeback_check (struct writeback *w, int fd)
 {
-  if (writeback_told (w) == -1)
+  if (writeback_end (w) == -1)
     return -1;
 
   const int err = wait_for_kernel (fd);
@@ -156,12 +164,7 @@ writeback_check (struct writeback *w, int fd)
 void
 writeback_destroy (struct writeback *w)
 {
-  pthread_mutex_lock (&w->lock);
-  w->stop = true;
-  pthread_cond_signal (&w->stopped);
-  pthread_mutex_unlock (&w->lock);
-  if (w->to_join)
-    pthread_join (w->thread, NULL);
+  (void) writeback_end (w);
   pthread_cond_destroy (&w->stopped);
   pthread_mutex_destroy (&w->lock);
 }

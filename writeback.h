@@ -36,8 +36,11 @@ extern void writeback_init (struct writeback *w);
  */
 extern void writeback_grown (struct writeback *w, int fd, uint64_t end);
 
-/* What the thread was told: 0, or -1 and errno if some of the file was lost. */
-extern int writeback_told (struct writeback *w);
+/* End the thread, for good, which may have to wait for the disk: only then is it known
+ * what it was told.  0, or -1 and errno if some of the file was lost.  Whoever calls
+ * this and what follows is alone with the file.
+ */
+extern int writeback_end (struct writeback *w);
 
 /* The same, and has the file FD lost something as far as the kernel has written it?
  * What it cannot write to the disk it takes for written, and forgets.  Waits for what
@@ -46,9 +49,7 @@ extern int writeback_told (struct writeback *w);
  */
 extern int writeback_check (struct writeback *w, int fd);
 
-/* End the thread, which may have to wait for the disk.  To be called before FD is
- * closed.
- */
+/* To be called before FD is closed. */
 extern void writeback_destroy (struct writeback *w);
 
 #endif /* COW_WRITEBACK_H */

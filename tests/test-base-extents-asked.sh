@@ -30,7 +30,7 @@ h.pwrite(b"x" * 4096, M)
 h.zero(8 * M, 2 * M)
 expect(asked(size, 0),
        [(0, M), (M + 4096, 2 * (M + 4096)), (10 * M, size - 10 * M)],
-       "three runs of holes: the first one, then as much again")
+       "three runs of holes: the first one, then twice as much")
 expect(asked(8 * M, 2 * M), [], "what is zeroed")
 expect(asked(4096, M), [], "what is written")
 expect(asked(8 * M, 2 * M, nbd.CMD_FLAG_REQ_ONE), [], "one extent of zeroes")
@@ -52,13 +52,25 @@ END
 stop_nbdkit
 
 # The base fails behind its first MiB.
-start_nbdkit eval get_size='echo 4M' can_extents='exit 0' \
-    pread='[ $(($3 + $4)) -le 1048576 ] && head -c $3 /dev/zero' \
-    extents='[ $(($3 + $4)) -le 1048576 ] && echo $4 $3 hole,zero'
+# shellcheck disable=SC2016
+with_half_a_base=(
+    start_nbdkit eval get_size='echo 4M' can_extents='exit 0'
+    pread='[ $(($3 + $4)) -le 1048576 ] && head -c $3 /dev/zero'
+    extents='[ $(($3 + $4)) -le 1048576 ] && echo $4 $3 hole,zero')
+"${with_half_a_base[@]}"
 py <<'END'
 h = connect()
-h.pwrite(b"x" * (4 * M - 65536), 65536)
-h.pwrite(b"x" * 4096, 4096)
+h.pwrite(b"x" * (4 * M - 4096), 4096)
+expect(raw_extents(h, 4 * M, 0), [(4096, 3), (4 * M - 4096, 0)], "what it knows")
+END
+stop_nbdkit
+
+# Twice what was walked over goes behind that MiB, and the hole does not.
+"${with_half_a_base[@]}"
+py <<'END'
+h = connect()
+h.pwrite(b"x" * (M // 2), 4096)
+h.pwrite(b"x" * 3 * M, M)
 expect(raw_extents(h, 4 * M, 0),
-       [(4096, 3), (4096, 0), (57344, 3), (4 * M - 65536, 0)], "what it knows")
+       [(4096, 3), (M // 2, 0), (M // 2 - 4096, 3), (3 * M, 0)], "both holes")
 END

@@ -613,9 +613,8 @@ extents_in_pieces (void **state)
     fake.nr_extents = 0;
     read_extents (found);
     assert_string_equal (found, expected);
-    if (
-      i
-      == 0) /* from blocks 0, 4, 12 and 36 on, as far as 3, 12, 36, and all */
+    /* From blocks 0, 4, 12 and 36 on; as far as 3, 12, 36 and the end. */
+    if (i == 0)
       assert_int_equal (fake.nr_extents, 4);
   }
   longest_list = SIZE_MAX;

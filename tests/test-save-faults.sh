@@ -133,3 +133,20 @@ for target in new old; do
         unset COW_FAULTS_DIR
     fi
 done
+
+# The disk has not taken all of the overlay, and a copy cannot be written: it is kept in its
+# own file, though that was to be streamed and is no image yet.
+rm -f "$tmp"/kept/* "$COW_FAULTS" "$COW_FAULTS.hit"
+TMPDIR=$tmp/kept start_nbdkit file "$tmp/base" cow-save=-
+py <<'END'
+h = connect()
+h.pwrite(b"new" * 50000, 12345)
+h.zero(200000, 400000)
+END
+echo "1 3 5" >"$COW_FAULTS"
+end_nbdkit TERM 1
+[ "$(xargs <"$COW_FAULTS.hit")" = "sync_file_range fsync open of a directory" ] ||
+    die "other calls have failed: $(xargs <"$COW_FAULTS.hit")"
+hit=sync_file_range
+damaged "own file"
+diff_is "$(kept_diff "$log")" "$tmp/base" "$tmp/wanted"

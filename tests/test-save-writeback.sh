@@ -74,7 +74,7 @@ sound_diff "$tmp/diff"
          jq '[.[] | select(.data) | .length] | add')" -eq $((128 << 20)) ] ||
     die "the diff is not all that was written"
 
-under+=(-e inject=sync_file_range:error=EIO:when=1)
+under+=(-e inject=sync_file_range:error=EROFS:when=1)
 mkdir "$tmp/t" "$tmp/kept"
 : >"$tmp/strace"
 TMPDIR=$tmp/kept start_nbdkit memory 1G cow-save="$tmp/t/diff"
