@@ -408,7 +408,7 @@ END
 _write_cowtest ()
 {
     cat >"$tmp/cowtest.py" <<'END'
-import errno, os, random, re, socket, struct, sys, time
+import errno, os, random, re, socket, struct, subprocess, sys, time
 import nbd
 
 DATA, HOLE, ZERO, HOLE_ZERO = 0, 1, 2, 3
@@ -581,11 +581,20 @@ def cache(h, count, offset):
 
 
 class Pause:
-    """nbdkit's pause filter: while paused, the base answers nothing."""
+    """nbdkit's pause filter: while paused, the base answers nothing.  One for a server.
 
-    def __init__(self, path=None):
+    The filter has a thread that is not ended before its code is unloaded; if it is not
+    waiting for the kernel then, the server crashes.  So the connection for which it waits
+    stays open as long as the server lives.
+    """
+
+    def __init__(self):
         self.s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.s.connect(path or tmp + "/pause")
+        self.s.connect(tmp + "/pause")
+        null = subprocess.DEVNULL
+        self.holder = subprocess.Popen(
+            ["sh", "-c", "while kill -0 $pid 2>/dev/null; do sleep 0.1; done"],
+            pass_fds=[self.s.fileno()], stdin=null, stdout=null, stderr=null)
 
     def _command(self, c):
         self.s.sendall(c)
@@ -596,6 +605,7 @@ class Pause:
 
     def resume(self):
         self._command(b"r")
+        time.sleep(0.05)        # for the thread to wait again
 
 
 class Log:
