@@ -188,10 +188,11 @@ any_shared (const struct overlay *o, uint64_t offset, uint64_t end)
  * Changing
  */
 
-/* What a request does to one slot. */
+/* What a request does to one slot, or to all slots of a leaf, which become zero. */
 struct slot_change {
-  uint64_t nr;            /* of the slot */
-  struct slot *slot;      /* good between change_begin and change_end */
+  uint64_t nr;       /* of the slot, or the first one of the leaf */
+  struct slot *slot; /* good between change_begin and change_end; NULL: this
+                           * is for a leaf, that has no places */
   struct slot_pair found; /* under the slot lock */
   bool shared;            /* with a frozen map: its place is not written to */
   uint64_t place;         /* where its bytes go; 0: it needs no place */
@@ -203,8 +204,9 @@ struct slot_change {
 /* A request's changes, from change_begin to change_end. */
 struct change {
   struct overlay *o;
-  uint64_t first;    /* number of the first slot */
-  size_t count;      /* of slots */
+  uint64_t first; /* numbers of the first and the last slot */
+  uint64_t last;
+  size_t count;      /* of slots or leaves in SLOTS */
   uint64_t stripes;  /* slot locks held, one bit each */
   uint64_t nr_l2;    /* L2 tables that space was set aside for */
   uint64_t nr_fresh; /* slots that get a fresh place */
@@ -234,6 +236,17 @@ stripes_of (uint64_t first, size_t count)
   return stripes;
 }
 
+/* Which of the slots has the byte at OFFSET.  Where there may be whole leaves, which is
+ * where something becomes zero, only the first and the last one are asked for.
+ */
+static size_t
+index_of (const struct change *c, uint64_t offset)
+{
+  const uint64_t nr = offset >> c->o->slot_shift;
+
+  return nr == c->last ? c->count - 1 : (size_t) (nr - c->first);
+}
+
 static void
 change_unlock (struct change *c)
 {
@@ -241,57 +254,96 @@ change_unlock (struct change *c)
   overlay_unlock_stripes (c->o, c->stripes);
 }
 
-/* Lock the slots of the disk's bytes OFFSET .. END-1 and look at them.  0, and
+/* The blocks of START .. END-1, both block aligned, that are in slot NR. */
+static uint32_t
+blocks_in_slot (const struct overlay *o, uint64_t nr, uint64_t start,
+                uint64_t end)
+{
+  const uint64_t slot_start = nr << o->slot_shift;
+  const uint64_t from = MAX (start, slot_start);
+  const uint64_t to = MIN (end, slot_start + slot_size (o));
+
+  if (from >= to)
+    return 0;
+  return bitmap_mask ((unsigned) ((from - slot_start) >> o->block_shift),
+                      (unsigned) ((to - from) >> o->block_shift));
+}
+
+/* Who zeroes a whole leaf has the locks of all slots. */
+_Static_assert(LEAF_SLOTS >= NR_STRIPES, "a leaf has slots of each lock");
+
+/* Look at the slots; where a leaf becomes zero that nobody has touched, at all of it at
+ * once.  0 or an errno value.
+ */
+static int
+find_slots (struct change *c, uint64_t zero_start, uint64_t zero_end)
+{
+  struct overlay *o = c->o;
+
+  for (uint64_t nr = c->first; nr <= c->last;) {
+    const uint64_t row_end = MIN (nr + map_in_row (&o->map, nr), c->last + 1);
+
+    if (row_end - nr == LEAF_SLOTS && nr << o->slot_shift >= zero_start
+        && row_end << o->slot_shift <= zero_end
+        && map_ready_leaf (&o->map, nr)) {
+      c->slots[c->count++]
+        = (struct slot_change) { .nr = nr, .zero = UINT32_MAX };
+      nr = row_end;
+      continue;
+    }
+
+    struct slot *slot = map_touch (&o->map, nr);
+
+    if (!slot)
+      return ENOMEM;
+    for (; nr < row_end; ++nr, ++slot) {
+      struct slot_change *s = &c->slots[c->count++];
+
+      *s = (struct slot_change) { .nr = nr, .slot = slot };
+      s->zero = blocks_in_slot (o, nr, zero_start, zero_end);
+      s->found = slot_load (slot);
+      s->place = s->found.place;
+      s->shared = map_is_shared (&o->map, nr, s->place);
+    }
+  }
+  return 0;
+}
+
+/* Lock the slots of the disk's bytes OFFSET .. END-1 and look at them.
+ * ZERO_START .. ZERO_END-1 of these, both block aligned, are to become zero.  0, and
  * the locks are held until change_end; or an errno value, and they are not:
  * ENOMEM, or ESHUTDOWN when the overlay was closed.  C is to be declared with
  * CLEANUP_CHANGE.
  */
 static int
 change_begin (struct change *c, struct overlay *o, uint64_t offset,
-              uint64_t end)
+              uint64_t end, uint64_t zero_start, uint64_t zero_end)
 {
+  int err;
+
   c->o = o;
   c->first = offset >> o->slot_shift;
-  c->count = (size_t) (((end - 1) >> o->slot_shift) - c->first + 1);
-  c->stripes = stripes_of (c->first, c->count);
+  c->last = (end - 1) >> o->slot_shift;
+
+  const size_t nr_slots = (size_t) (c->last - c->first + 1);
+
+  c->stripes = stripes_of (c->first, nr_slots);
   c->nr_l2 = 0;
   c->nr_fresh = 0;
+  c->count = 0;
   c->slots = c->few;
-  if (c->count > sizeof c->few / sizeof c->few[0]) {
-    c->slots = malloc (c->count * sizeof *c->slots);
+  if (nr_slots > sizeof c->few / sizeof c->few[0]) {
+    c->slots = malloc (nr_slots * sizeof *c->slots);
     if (!c->slots)
       return ENOMEM;
   }
 
   overlay_lock_stripes (o, c->stripes);
   pthread_rwlock_rdlock (&o->request_lock);
-  if (o->closed) {
+  err = o->closed ? ESHUTDOWN : find_slots (c, zero_start, zero_end);
+  if (err)
     change_unlock (c);
-    return ESHUTDOWN;
-  }
-
-  for (size_t i = 0, in_row = 0; i < c->count; ++i) {
-    const uint64_t nr = c->first + i;
-    struct slot *slot;
-
-    if (in_row == 0) {
-      slot = map_touch (&o->map, nr);
-      if (!slot) {
-        change_unlock (c);
-        return ENOMEM;
-      }
-      in_row = map_in_row (&o->map, nr);
-    }
-    else
-      slot = c->slots[i - 1].slot + 1;
-    in_row--;
-
-    c->slots[i] = (struct slot_change) { .nr = nr, .slot = slot };
-    c->slots[i].found = slot_load (slot);
-    c->slots[i].place = c->slots[i].found.place;
-    c->slots[i].shared = map_is_shared (&o->map, nr, c->slots[i].place);
-  }
-  return 0;
+  return err;
 }
 
 /* Does this slot get a place that it did not have? */
@@ -305,21 +357,6 @@ static bool
 needs_place (const struct slot_change *s)
 {
   return s->allocate && (s->place == 0 || s->shared);
-}
-
-/* The blocks of START .. END-1, both block aligned, that are in slot I. */
-static uint32_t
-blocks_in_slot (const struct change *c, size_t i, uint64_t start, uint64_t end)
-{
-  const struct overlay *o = c->o;
-  const uint64_t slot_start = (c->first + i) << o->slot_shift;
-  const uint64_t from = MAX (start, slot_start);
-  const uint64_t to = MIN (end, slot_start + slot_size (o));
-
-  if (from >= to)
-    return 0;
-  return bitmap_mask ((unsigned) ((from - slot_start) >> o->block_shift),
-                      (unsigned) ((to - from) >> o->block_shift));
 }
 
 /* Has a slot a block that is no hole? */
@@ -357,21 +394,26 @@ static int
 change_reserve_tables (struct change *c)
 {
   struct overlay *o = c->o;
+  const uint64_t per_l2 = o->tables.geometry.slots_per_l2;
   uint64_t last_l2 = UINT64_MAX;
 
   if (!o->has_tables)
     return 0;
   for (size_t i = 0; i < c->count; ++i) {
     const struct slot_change *s = &c->slots[i];
-    const uint64_t l2 = s->nr / o->tables.geometry.slots_per_l2;
+    const uint64_t last = s->slot ? s->nr : s->nr + LEAF_SLOTS - 1;
+    uint64_t l2 = s->nr / per_l2;
 
     if (s->found.state != 0 || !(s->allocate | s->zero) || l2 == last_l2
         || l2_table_is_touched (o, s->nr))
       continue;
-    if (tables_reserve_l2 (&o->tables, l2) == -1)
-      return errno;
-    c->nr_l2++;
-    last_l2 = l2;
+    /* A leaf may have several, all of them touched or none. */
+    for (; l2 <= last / per_l2; ++l2) {
+      if (tables_reserve_l2 (&o->tables, l2) == -1)
+        return errno;
+      c->nr_l2++;
+      last_l2 = l2;
+    }
   }
 
   /* What takes no place makes the file no longer, and so wants nothing. */
@@ -426,8 +468,8 @@ change_bring (const struct change *c, uint64_t offset, uint64_t end)
 
     if (!has_fresh_place (s) || s->found.place == 0)
       continue;
-    bring
-      &= ~(s->allocate & blocks_in_slot (c, i, covered_start, covered_end));
+    bring &= ~(s->allocate
+               & blocks_in_slot (o, s->nr, covered_start, covered_end));
     while (bring) {
       const unsigned first = (unsigned) __builtin_ctz (bring);
       const unsigned count = bitmap_run_of_ones (bring, first);
@@ -498,7 +540,7 @@ change_write (const struct change *c, const struct iovec *parts, int nr_parts,
     end += parts[i].iov_len;
 
   while (pos < end) {
-    const size_t i = (size_t) ((pos >> o->slot_shift) - c->first);
+    const size_t i = index_of (c, pos);
     size_t next = i + 1;
     struct iovec iov[MAX_PARTS];
 
@@ -506,7 +548,8 @@ change_write (const struct change *c, const struct iovec *parts, int nr_parts,
            && c->slots[next].place == c->slots[i].place + (next - i))
       next++;
 
-    const uint64_t run_end = MIN (end, (c->first + next) << o->slot_shift);
+    const uint64_t run_end
+      = MIN (end, (c->slots[i].nr + (next - i)) << o->slot_shift);
     const int nr_iov
       = slice (parts, nr_parts, pos - offset, run_end - offset, iov);
     if (store_writev (&o->store, iov, nr_iov,
@@ -523,13 +566,17 @@ static void
 change_commit (struct change *c)
 {
   atomic_store (&c->o->changed, true);
-  VERBOSE ("changing %zu slots from offset %" PRIu64, c->count,
-           c->first << c->o->slot_shift);
+  VERBOSE ("changing %" PRIu64 " slots from offset %" PRIu64,
+           c->last - c->first + 1, c->first << c->o->slot_shift);
 
   for (size_t i = 0; i < c->count; ++i) {
     const struct slot_change *s = &c->slots[i];
     struct slot_pair pair = { .place = s->place, .state = s->found.state };
 
+    if (!s->slot) {
+      map_zero_leaf (&c->o->map, s->nr);
+      continue;
+    }
     pair.state = bitmap_set_zero (pair.state, s->zero);
     pair.state = bitmap_set_allocated (pair.state, s->allocate);
     if (pair.state != s->found.state || pair.place != s->found.place)
@@ -576,14 +623,14 @@ change_end (struct change *c, int err)
 static struct slot_change *
 change_at (struct change *c, uint64_t offset)
 {
-  return &c->slots[(offset >> c->o->slot_shift) - c->first];
+  return &c->slots[index_of (c, offset)];
 }
 
 /* Is the block at OFFSET one that becomes allocated, or stays so? */
 static bool
 change_allocates (const struct change *c, uint64_t offset)
 {
-  return c->slots[(offset >> c->o->slot_shift) - c->first].allocate
+  return c->slots[index_of (c, offset)].allocate
            >> (offset >> c->o->block_shift & (SLOT_BLOCKS - 1))
          & 1;
 }
@@ -856,12 +903,12 @@ keep (struct overlay *o, char *bytes, uint64_t start, uint64_t end)
   int err;
 
   end = ROUND_UP (end, block_size (o));
-  err = change_begin (&c, o, start, end);
+  err = change_begin (&c, o, start, end, 0, 0);
   if (err)
     return err;
   for (size_t i = 0; i < c.count; ++i)
     c.slots[i].allocate = bitmap_holes (c.slots[i].found.state)
-                          & blocks_in_slot (&c, i, start, end);
+                          & blocks_in_slot (o, c.slots[i].nr, start, end);
   err = change_prepare (&c, start, end);
 
   for (uint64_t pos = start; pos < end && !err;) {
@@ -1117,12 +1164,13 @@ write_blocks (struct overlay *o, const char *buf, const struct edges *e)
   const uint64_t bs = block_size (o);
   CLEANUP_CHANGE struct change c;
   struct iovec before = { .iov_len = 0 }, after = { .iov_len = 0 };
-  int err = change_begin (&c, o, e->offset, e->end);
+  int err = change_begin (&c, o, e->offset, e->end, 0, 0);
 
   if (err)
     return err;
   for (size_t i = 0; i < c.count; ++i)
-    c.slots[i].allocate = blocks_in_slot (&c, i, e->head, e->tail + bs);
+    c.slots[i].allocate
+      = blocks_in_slot (o, c.slots[i].nr, e->head, e->tail + bs);
 
   /* Rule 5.  A block that is allocated gets the request's own bytes and no
    * others, for somebody else may be writing those.  Any other one is written
@@ -1245,13 +1293,10 @@ zero_blocks (struct overlay *o, const struct edges *e)
   uint64_t partial[2];
   unsigned nr_partial = 0;
   CLEANUP_CHANGE struct change c;
-  int err = change_begin (&c, o, e->offset, e->end);
+  int err = change_begin (&c, o, e->offset, e->end, whole_start, whole_end);
 
   if (err)
     return err;
-  for (size_t i = 0; i < c.count; ++i)
-    c.slots[i].zero = blocks_in_slot (&c, i, whole_start, whole_end);
-
   if (head_partial)
     partial[nr_partial++] = e->head;
   if (tail_partial && !(head_partial && e->tail == e->head))

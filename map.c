@@ -11,9 +11,12 @@
  *
  * - A node of a generation that is not newer than the newest frozen map that is held
  *   belongs to frozen maps, perhaps to the live one as well.  It does not change.
- *   All other nodes belong to the live map alone.  Which is which changes under the
- *   exclusive request lock only, so a request that has touched a node may change it
- *   as long as it holds the request lock.
+ *   All other nodes, but for the next one, belong to the live map alone.  Which is
+ *   which changes under the exclusive request lock only, so a request that has touched
+ *   a node may change it as long as it holds the request lock.
+ *
+ * - All leaves that map_zero_leaf makes are one, which is constant and belongs to no
+ *   map: it is copied before it is changed, and never freed.
  *
  * - The two words of a slot are changed by slot_store only, whose caller holds
  *   the slot lock, so that there is one writer at a time.  Readers take no slot
@@ -41,6 +44,8 @@
 #define LEAF_BITS 8
 #define INNER_BITS 9
 
+_Static_assert(LEAF_SLOTS == 1 << LEAF_BITS, "both say how large a leaf is");
+
 /* What both kinds begin with. */
 struct node {
   uint64_t generation; /* constant */
@@ -55,6 +60,11 @@ struct inner {
   struct node node;
   _Atomic (void *) child[1 << INNER_BITS]; /* changes under lock */
   pthread_mutex_t lock;                    /* guards the setting of child */
+};
+
+/* All blocks of a whole leaf are zero, and none has a place. */
+static const struct leaf zero_leaf = {
+  .slots = { [0 ... LEAF_SLOTS - 1] = { .state = UINT64_MAX << 32 } },
 };
 
 /* The number of bits of a slot number below an inner node that stands LEVEL
@@ -82,6 +92,8 @@ map_init (struct map *map, uint64_t nr_slots)
 static void
 free_node (void *node, unsigned level)
 {
+  if (node == &zero_leaf)
+    return;
   if (node && level > 0)
     pthread_mutex_destroy (&((struct inner *) node)->lock);
   free (node);
@@ -119,7 +131,7 @@ slot_in_leaf (struct leaf *leaf, uint64_t nr)
   return &leaf->slots[nr & ((1 << LEAF_BITS) - 1)];
 }
 
-struct slot *
+const struct slot *
 map_find (const struct map *map, uint64_t nr)
 {
   void *node = atomic_load_explicit (&map->root, memory_order_acquire);
@@ -180,11 +192,12 @@ new_node (const struct map *map, unsigned level, const void *old)
   return node;
 }
 
-/* Is there no node, or one that belongs to frozen maps? */
+/* Is there no node, or one that does not belong to the live map alone? */
 static bool
 is_to_be_made (const struct map *map, const struct node *node)
 {
-  return !node || (map->newest && node->generation <= map->newest->generation);
+  return !node || node == &zero_leaf.node
+         || (map->newest && node->generation <= map->newest->generation);
 }
 
 /* The node that LINK points to; made or copied, for LEVEL, where it cannot be changed.
@@ -209,24 +222,63 @@ touch_node (const struct map *map, _Atomic (void *) *link,
   return node;
 }
 
+/* Where a node is pointed to. */
+struct link {
+  _Atomic (void *) *pointer; /* NULL: there was no memory */
+  pthread_mutex_t *lock;     /* guards the setting of it */
+};
+
+/* The link to the leaf of slot NR, with all nodes above made or copied as touch_node
+ * does.
+ */
+static struct link
+touch_link (struct map *map, uint64_t nr)
+{
+  struct link link = { .pointer = &map->root, .lock = &map->lock };
+
+  for (unsigned level = map->levels; level > 0; --level) {
+    struct inner *inner = touch_node (map, link.pointer, link.lock, level);
+
+    if (!inner)
+      return (struct link) { .pointer = NULL };
+    link.pointer = &inner->child[child_index (nr, level)];
+    link.lock = &inner->lock;
+  }
+  return link;
+}
+
 struct slot *
 map_touch (struct map *map, uint64_t nr)
 {
-  void *node = touch_node (map, &map->root, &map->lock, map->levels);
+  const struct link link = touch_link (map, nr);
+  struct leaf *leaf
+    = link.pointer ? touch_node (map, link.pointer, link.lock, 0) : NULL;
 
-  for (unsigned level = map->levels; node && level > 0; --level) {
-    struct inner *inner = node;
+  return leaf ? slot_in_leaf (leaf, nr) : NULL;
+}
 
-    node = touch_node (map, &inner->child[child_index (nr, level)],
-                       &inner->lock, level - 1);
-  }
-  return node ? slot_in_leaf (node, nr) : NULL;
+bool
+map_ready_leaf (struct map *map, uint64_t nr)
+{
+  const struct slot *slot = map_find (map, nr);
+
+  return (!slot || slot == zero_leaf.slots) && touch_link (map, nr).pointer;
+}
+
+void
+map_zero_leaf (struct map *map, uint64_t nr)
+{
+  const struct link link = touch_link (map, nr); /* what is ready is there */
+
+  LOCK_FOR_SCOPE (link.lock);
+  atomic_store_explicit (link.pointer, (void *) &zero_leaf,
+                         memory_order_release);
 }
 
 uint64_t
 map_in_row (const struct map *map, uint64_t nr)
 {
-  const uint64_t leaf_end = (nr | ((1 << LEAF_BITS) - 1)) + 1;
+  const uint64_t leaf_end = (nr | (LEAF_SLOTS - 1)) + 1;
 
   return MIN (leaf_end, map->nr_slots) - nr;
 }

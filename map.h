@@ -33,6 +33,9 @@ struct slot_pair {
   uint64_t state;
 };
 
+/* Slots that lie one behind the other in memory: 4 KiB of them. */
+#define LEAF_SLOTS (UINT64_C (1) << 8)
+
 struct frozen_map;
 
 struct map {
@@ -71,13 +74,25 @@ extern void map_destroy (struct map *map);
  * touched: all its blocks are holes then.  Caller holds the request lock, and
  * the pointer is good no longer than that hold; or holds the frozen map.
  */
-extern struct slot *map_find (const struct map *map, uint64_t nr);
+extern const struct slot *map_find (const struct map *map, uint64_t nr);
 
 /* The same, but makes the nodes on the way, or copies those that a frozen map
- * has, so that the slot can be changed.  NULL and ENOMEM if there is no memory.
- * Caller holds the request lock.
+ * has or map_zero_leaf made, so that the slot can be changed.  NULL and ENOMEM if there
+ * is no memory.  Caller holds the request lock.
  */
 extern struct slot *map_touch (struct map *map, uint64_t nr);
+
+/* May map_zero_leaf be called for the leaf whose first slot is NR?  Yes if none of its
+ * slots was ever touched, or all are zero by map_zero_leaf, and there was memory to make
+ * or copy the nodes above.  Caller holds the request lock.
+ */
+extern bool map_ready_leaf (struct map *map, uint64_t nr);
+
+/* Make all blocks of that leaf zero, at once and without memory.  The leaf has no slot
+ * past nr_slots, and map_ready_leaf said yes in the same hold of the request lock
+ * and of the locks of all its slots.
+ */
+extern void map_zero_leaf (struct map *map, uint64_t nr);
 
 /* How many slots from NR on, that one included, lie one behind the other in memory:
  * having found or touched NR, one has them all.

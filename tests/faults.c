@@ -257,12 +257,12 @@ __wrap_pthread_mutex_lock (pthread_mutex_t *mutex)
 }
 
 /* Only where a test is linked with the map. */
-extern struct slot *__real_map_find (const struct map *map, uint64_t nr);
-extern struct slot *__wrap_map_find (const struct map *map, uint64_t nr);
+extern const struct slot *__real_map_find (const struct map *map, uint64_t nr);
+extern const struct slot *__wrap_map_find (const struct map *map, uint64_t nr);
 #pragma weak __real_map_find
 #pragma weak __real_pthread_mutex_lock
 
-struct slot *
+const struct slot *
 __wrap_map_find (const struct map *map, uint64_t nr)
 {
   maybe_interrupt (false);

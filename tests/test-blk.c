@@ -906,6 +906,226 @@ requests_for_many_slots (void **state)
 }
 
 /*----------------------------------------------------------------------
+ * Leaves that become zero as a whole: of this disk the first two
+ */
+
+#define LEAF (LEAF_SLOTS * SLOT)
+#define LARGE (2 * LEAF + 3 * SLOT + 777)
+
+static uint8_t *large_base, *large_model;
+
+static int
+set_up_large (void **state)
+{
+  (void) state;
+  if (!large_base) {
+    large_base = malloc (LARGE);
+    large_model = malloc (LARGE);
+    for (uint64_t i = 0; i < LARGE; ++i)
+      large_base[i] = (uint8_t) (1 + i % 251);
+  }
+  many_fake = (struct fake_base) { .bytes = large_base, .size = LARGE };
+  assert_int_equal (base_init (&base, fake_next (&many_fake)), 0);
+  overlay = new_overlay (LARGE, "/var/tmp");
+  memcpy (large_model, large_base, LARGE);
+  nr_punches = 0;
+  return 0;
+}
+
+static int
+tear_down_large (void **state)
+{
+  free (large_base);
+  free (large_model);
+  large_base = NULL;
+  return tear_down (state);
+}
+
+#define WITH_LARGE_OVERLAY(test)                                              \
+  cmocka_unit_test_setup_teardown (test, set_up_large, tear_down_large)
+
+static void
+start_large_over (void **state)
+{
+  tear_down (state);
+  set_up_large (state);
+}
+
+static int
+run_large (const struct op *op, int *op_err)
+{
+  CLEANUP_FREE uint8_t *buf = malloc (op->count);
+
+  return run_op_with (buf, op, op_err);
+}
+
+static void
+do_large (struct op op)
+{
+  assert_int_equal (run_large (&op, &err), 0);
+  model_op (&op, large_model);
+}
+
+/* All of the disk, or a block of each slot and all of one slot of the second leaf. */
+#define FOCUS (LEAF + 5 * SLOT)
+
+static void
+check_large (bool all)
+{
+  static uint8_t buf[SLOT];
+
+  for (uint64_t at = 0; at < LARGE; at += SLOT) {
+    const uint32_t count
+      = (uint32_t) MIN (LARGE - at, all || at == FOCUS ? SLOT : BLOCK);
+
+    assert_int_equal (
+      blk_read (overlay, &base, ON_READ_PASS, buf, count, at, &err), 0);
+    assert_memory_equal (buf, large_model + at, count);
+  }
+}
+
+/* The leaf that has the byte at OFFSET of the disk. */
+static const struct slot *
+leaf_at (uint64_t offset)
+{
+  return map_find (&overlay->map, ROUND_DOWN (offset / SLOT, LEAF_SLOTS));
+}
+
+static void
+leaves_that_become_zero (void **state)
+{
+  const struct op all = { ZERO, LARGE, 0, 0 };
+  struct nbdkit_extents *x;
+
+  /* The second leaf is the only one that is covered. */
+  do_large ((struct op) { ZERO, LARGE - BLOCK - 300, BLOCK + 100, 0 });
+  check_large (true);
+  assert_ptr_not_equal (leaf_at (0), leaf_at (LEAF));
+  do_large (all);
+  check_large (true);
+
+  start_large_over (state);
+  do_large (all);
+  check_large (true);
+  assert_ptr_equal (leaf_at (0), leaf_at (LEAF));
+  assert_ptr_not_equal (leaf_at (0), leaf_at (2 * LEAF));
+  x = nbdkit_extents_new (0, LARGE);
+  assert_int_equal (blk_extents (overlay, &base, LARGE, 0, 0, x, &err), 0);
+  assert_int_equal (nbdkit_extents_count (x), 1);
+  assert_int_equal (nbdkit_get_extent (x, 0).type,
+                    NBDKIT_EXTENT_HOLE | NBDKIT_EXTENT_ZERO);
+  nbdkit_extents_free (x);
+  assert_int_equal (nr_punches, 0);
+
+  /* Written to, a leaf is one of its own from then on. */
+  do_large ((struct op) { WRITE, 100, FOCUS + 50, 'w' });
+  check_large (true);
+  assert_ptr_not_equal (leaf_at (0), leaf_at (LEAF));
+  do_large (all);
+  check_large (true);
+  assert_int_equal (nr_punches, 1);
+  assert_ptr_not_equal (leaf_at (0), leaf_at (LEAF));
+  assert_int_equal (many_fake.nr_reads, 0);
+}
+
+/* Whatever fails of a request, it has changed nothing of such a leaf. */
+static void
+no_leaf_becomes_zero_where_a_call_fails (void **state)
+{
+  const struct op op = { ZERO, LARGE - BLOCK - 300, BLOCK + 100, 0 };
+
+  for (int n = 1;; ++n) {
+    int r, failed, op_err = 0;
+
+    start_large_over (state);
+    fail_calls_from (n, ENOSPC);
+    r = run_large (&op, &op_err);
+    failed = call_has_failed ();
+    if (!failed) {
+      assert_int_equal (r, 0);
+      assert_true (n > 6);
+      break;
+    }
+    assert_int_equal (r, -1);
+    assert_int_equal (op_err, failed);
+    assert_null (leaf_at (LEAF));
+    check_large (false);
+    do_large (op);
+    check_large (false);
+  }
+}
+
+static void *
+run_large_inner (void *arg)
+{
+  int inner_err;
+
+  if (run_large (arg, &inner_err) == -1)
+    abort ();
+  inner_done = true;
+  return NULL;
+}
+
+/* It may have to wait for the other one. */
+static void
+start_large_inner (void *arg)
+{
+  assert_int_equal (pthread_create (&inner_thread, NULL, run_large_inner, arg),
+                    0);
+  for (unsigned i = 0; i < 10 && !inner_done; ++i)
+    usleep (1000);
+}
+
+/* In front of each call of one request another one begins: one of them zeroes the
+ * second leaf, the other one is for a part of it.
+ */
+static void
+interrupted_while_a_leaf_becomes_zero (void **state)
+{
+  static struct op zero = { ZERO, LARGE - BLOCK - 300, BLOCK + 100, 0 };
+  static struct op others[] = {
+    { WRITE, 100, FOCUS + 50, 'w' },
+    { WRITE, SLOT, FOCUS, 'w' },
+    { WRITE, 2 * SLOT, LEAF - SLOT, 'w' },
+    { ZERO, 100, FOCUS + 50, 0 },
+    { READ_AND_KEEP, 3 * BLOCK, FOCUS + BLOCK, 0 },
+  };
+
+  for (unsigned i = 0; i < sizeof others / sizeof others[0]; ++i)
+    for (unsigned inside = 0; inside < 2; ++inside)
+      for (int n = 1;; ++n) {
+        struct op *outer = inside ? &zero : &others[i];
+        struct op *inner = inside ? &others[i] : &zero;
+        uint8_t byte;
+
+        start_large_over (state);
+        inner_done = false;
+        interrupt_call (n, start_large_inner, inner);
+        assert_int_equal (run_large (outer, &err), 0);
+        if (!call_was_interrupted ()) {
+          assert_true (n > 2);
+          break;
+        }
+        pthread_join (inner_thread, NULL);
+
+        /* Which one was the last is seen where the other one wrote. */
+        assert_int_equal (blk_read (overlay, &base, ON_READ_PASS, &byte, 1,
+                                    others[i].offset, &err),
+                          0);
+        if (byte) {
+          assert_int_equal (others[i].kind, WRITE);
+          model_op (&zero, large_model);
+          model_op (&others[i], large_model);
+        }
+        else {
+          model_op (&others[i], large_model);
+          model_op (&zero, large_model);
+        }
+        check_large (false);
+      }
+}
+
+/*----------------------------------------------------------------------
  * Threads
  */
 
@@ -1051,6 +1271,9 @@ main (void)
     WITH_OVERLAY (base_that_fails_with_enotsup),
     WITH_OVERLAY (punches_of_what_is_zero_already),
     WITH_OVERLAY (requests_for_many_slots),
+    WITH_LARGE_OVERLAY (leaves_that_become_zero),
+    WITH_LARGE_OVERLAY (no_leaf_becomes_zero_where_a_call_fails),
+    WITH_LARGE_OVERLAY (interrupted_while_a_leaf_becomes_zero),
     WITH_OVERLAY (threads_that_share_blocks),
     WITH_OVERLAY (punches_hit_nothing_else),
   };

@@ -178,7 +178,7 @@ count_range (uint64_t offset, uint64_t size)
 static void
 check_block (uint64_t nr, unsigned b, enum block_state state, uint64_t offset)
 {
-  struct slot *slot = map_find (&map, nr);
+  const struct slot *slot = map_find (&map, nr);
   const enum block_state expected
     = slot ? bitmap_state (slot_load (slot).state, b) : BLOCK_HOLE;
   CLEANUP_FREE char *buf = malloc (block_size);

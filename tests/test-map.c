@@ -178,6 +178,108 @@ slots_in_a_row (void **state)
   map_destroy (&map);
 }
 
+/* Release FROZEN, and say what nobody asks for. */
+static void
+unlink_and_release (struct map *map, struct frozen_map *frozen)
+{
+  map_unlink (map, frozen);
+  map_release (frozen, NULL);
+}
+
+/* A leaf becomes zero without memory of its own, as often as one likes, until one of its
+ * slots is touched, with or without frozen maps.
+ */
+static void
+whole_leaves_become_zero (void **state)
+{
+  const struct slot_pair zero = { .state = bitmap_set_zero (0, UINT32_MAX) };
+  const struct slot_pair written = { .place = 7, .state = 1 };
+
+  (void) state;
+  for (unsigned with_frozen = 0; with_frozen < 2; ++with_frozen)
+    for (unsigned i = 3; i < NR_SIZES; ++i) {
+      const uint64_t n = sizes[i];
+      const uint64_t first = (n / LEAF_SLOTS - 1) * LEAF_SLOTS;
+      const uint64_t last = first + LEAF_SLOTS - 1;
+      struct frozen_map before, after;
+      struct map map;
+
+      nr_allocs = 0;
+      map_init (&map, n);
+      if (with_frozen)
+        map_freeze (&map, &before);
+      assert_true (map_ready_leaf (&map, first));
+      assert_null (map_find (&map, first));
+      assert_int_equal (nr_allocs, map.levels);
+      map_zero_leaf (&map, first);
+      assert_true (map_ready_leaf (&map, first));
+      map_zero_leaf (&map, first);
+      assert_int_equal (nr_allocs, map.levels);
+      assert_true (map_next (&map, 0) == first);
+      for (uint64_t nr = first; nr <= last; ++nr) {
+        const struct slot_pair pair = slot_load (map_find (&map, nr));
+
+        assert_true (pair.place == 0 && pair.state == zero.state);
+      }
+      if (with_frozen)
+        map_freeze (&map, &after);
+
+      /* In a leaf of its own, in which the others stay zero. */
+      struct slot *slot = map_touch (&map, last);
+      assert_true (slot_load (slot).state == zero.state);
+      slot_store (slot, written);
+      assert_ptr_equal (map_touch (&map, last), slot);
+      assert_true (slot_load (map_find (&map, first)).state == zero.state);
+      assert_false (map_ready_leaf (&map, first));
+
+      if (with_frozen) {
+        assert_null (map_find (&before.map, first));
+        assert_true (slot_load (map_find (&after.map, last)).state
+                     == zero.state);
+        unlink_and_release (&map, &after);
+        unlink_and_release (&map, &before);
+      }
+      assert_int_equal (nr_allocs, map.levels + 1);
+      assert_true (slot_load (map_find (&map, last)).place == written.place);
+      map_destroy (&map);
+      assert_int_equal (nr_allocs, 0);
+    }
+}
+
+static void
+no_memory_for_whole_leaves (void **state)
+{
+  struct frozen_map frozen;
+  struct map map;
+
+  (void) state;
+  nr_allocs = 0;
+  map_init (&map, UINT64_C (1) << 35);
+  for (int n = 1; n <= 3; ++n) {
+    failing_alloc = n;
+    assert_false (map_ready_leaf (&map, 0));
+    assert_int_equal (failing_alloc, 0);
+    assert_null (map_find (&map, 0));
+    map_destroy (&map);
+    map_init (&map, UINT64_C (1) << 35);
+  }
+
+  /* Also where only the nodes above are to be copied. */
+  assert_true (map_ready_leaf (&map, 0));
+  map_zero_leaf (&map, 0);
+  map_freeze (&map, &frozen);
+  failing_alloc = 2;
+  assert_false (map_ready_leaf (&map, 0));
+  assert_true (map_ready_leaf (&map, 0));
+  failing_alloc = 1;
+  map_zero_leaf (&map, 0);
+  assert_int_equal (failing_alloc, 1);
+  failing_alloc = 0;
+  unlink_and_release (&map, &frozen);
+  map_destroy (&map);
+  assert_int_equal (nr_allocs, 0);
+}
+
 static void
 out_of_memory_changes_nothing (void **state)
 {
@@ -332,14 +434,6 @@ place_in (const struct map *map, uint64_t nr)
   const struct slot *slot = map_find (map, nr);
 
   return slot ? slot_load (slot).place : 0;
-}
-
-/* Release FROZEN, and say what nobody asks for. */
-static void
-unlink_and_release (struct map *map, struct frozen_map *frozen)
-{
-  map_unlink (map, frozen);
-  map_release (frozen, NULL);
 }
 
 static void
@@ -621,6 +715,7 @@ static struct {
   bool is_free[MAX_PLACES]; /* was given back */
   const struct held *releasing;
   unsigned nr_freed, nr_blocks_freed;
+  unsigned nr_zeroed; /* leaves */
 } world;
 
 static unsigned seed;
@@ -694,7 +789,20 @@ neighbour (const struct held *of, bool newer)
   return best ? &best->watched : newer ? &world.live : NULL;
 }
 
-/* Change a slot as requests do: a write to a shared slot moves it, a zero does not. */
+/* Make the leaf of slot NR zero, if it is so that it can be. */
+static bool
+zero_leaf (struct map *map, uint64_t nr)
+{
+  const bool ready = map_ready_leaf (map, nr / LEAF_SLOTS * LEAF_SLOTS);
+
+  if (ready)
+    map_zero_leaf (map, nr / LEAF_SLOTS * LEAF_SLOTS);
+  return ready;
+}
+
+/* Change a slot as requests do: a write to a shared slot moves it, a zero does not; or
+ * all slots of a leaf.
+ */
 static void
 change_world (void)
 {
@@ -704,6 +812,14 @@ change_world (void)
   struct slot_pair pair = world.live.slots[i];
   bool shared = false;
 
+  if (below (4) == 0 && zero_leaf (&world.map, nr)) {
+    for (unsigned j = 0; j < WATCHED; ++j)
+      if (shapes[world.shape].nrs[j] / LEAF_SLOTS == nr / LEAF_SLOTS)
+        world.live.slots[j]
+          = (struct slot_pair) { .state = bitmap_set_zero (0, UINT32_MAX) };
+    world.nr_zeroed++;
+    return;
+  }
   for (unsigned j = 0; j < MAX_HELD; ++j)
     shared |= pair.place != 0 && world.held[j].is_held
               && world.held[j].watched.slots[i].place == pair.place;
@@ -824,9 +940,15 @@ world_destroy (void)
   assert_int_equal (places, expected);
 
   map_init (&fresh, shapes[world.shape].nr_slots);
-  for (unsigned i = 0; i < WATCHED; ++i)
-    if (world.live.slots[i].place || world.live.slots[i].state)
-      set_slot (&fresh, shapes[world.shape].nrs[i], 1, 1);
+  for (unsigned i = 0; i < WATCHED; ++i) {
+    const uint64_t nr = shapes[world.shape].nrs[i];
+
+    if (map_find (&world.map, nr)
+        && map_ready_leaf (&world.map, nr / LEAF_SLOTS * LEAF_SLOTS))
+      assert_true (zero_leaf (&fresh, nr));
+    else if (world.live.slots[i].place || world.live.slots[i].state)
+      set_slot (&fresh, nr, 1, 1);
+  }
   assert_int_equal (nr_allocs, 2 * nodes);
   map_destroy (&fresh);
   map_destroy (&world.map);
@@ -884,6 +1006,8 @@ released_in_every_order (void **state)
 static void
 frozen_and_released_at_random (void **state)
 {
+  unsigned nr_zeroed = 0;
+
   (void) state;
   for (unsigned shape = 0; shape < NR_SHAPES; ++shape) {
     seed = shape + 77;
@@ -907,8 +1031,10 @@ frozen_and_released_at_random (void **state)
       if (world.held[i].is_held)
         release_world (&world.held[i]);
     check_world ();
+    nr_zeroed += world.nr_zeroed;
     world_destroy ();
   }
+  assert_true (nr_zeroed >= 3);
 }
 
 /* Between the unlinking and the walk the live map goes on to change, and is frozen
@@ -973,6 +1099,8 @@ main (void)
     cmocka_unit_test (no_slots),
     cmocka_unit_test (next_skips_what_is_not_there),
     cmocka_unit_test (slots_in_a_row),
+    cmocka_unit_test (whole_leaves_become_zero),
+    cmocka_unit_test (no_memory_for_whole_leaves),
     cmocka_unit_test (out_of_memory_changes_nothing),
     cmocka_unit_test (readers_see_consistent_pairs),
     cmocka_unit_test (threads_grow_one_tree),
