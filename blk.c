@@ -188,11 +188,12 @@ any_shared (const struct overlay *o, uint64_t offset, uint64_t end)
  * Changing
  */
 
-/* What a request does to one slot, or to all slots of a leaf, which become zero. */
+/* What a request does to one slot; or, if SLOT is NULL, to all slots of a leaf, which
+ * have no places and become zero.
+ */
 struct slot_change {
-  uint64_t nr;       /* of the slot, or the first one of the leaf */
-  struct slot *slot; /* good between change_begin and change_end; NULL: this
-                           * is for a leaf, that has no places */
+  uint64_t nr;            /* of the slot, or the first one of the leaf */
+  struct slot *slot;      /* good between change_begin and change_end */
   struct slot_pair found; /* under the slot lock */
   bool shared;            /* with a frozen map: its place is not written to */
   uint64_t place;         /* where its bytes go; 0: it needs no place */
@@ -269,7 +270,9 @@ blocks_in_slot (const struct overlay *o, uint64_t nr, uint64_t start,
                       (unsigned) ((to - from) >> o->block_shift));
 }
 
-/* Who zeroes a whole leaf has the locks of all slots. */
+/* Who zeroes a whole leaf has the locks of all slots: so nobody else makes that leaf, or
+ * changes a slot of it, between the look and the change (rule 2).
+ */
 _Static_assert(LEAF_SLOTS >= NR_STRIPES, "a leaf has slots of each lock");
 
 /* Look at the slots; where a leaf becomes zero that nobody has touched, at all of it at

@@ -44,6 +44,19 @@ damaged ()
         die "$1 ($hit): wrong about damage"
 }
 
+# change_disk: the same each time; $tmp/wanted is what the disk is then.
+change_disk ()
+{
+    py <<'END'
+h = connect()
+h.pwrite(b"new" * 50000, 12345)
+h.zero(200000, 400000)
+if not os.path.exists(tmp + "/wanted"):
+    with open(tmp + "/wanted", "wb") as f:
+        f.write(h.pread(1000000, 0))
+END
+}
+
 # run OLD-OR-NEW FIRST LAST ERRNO ARGS...: makes calls FIRST..LAST of the save fail.
 # Sets $hit, the names of calls that failed.
 run ()
@@ -53,21 +66,7 @@ run ()
     rm -f "$tmp"/t/* "$tmp"/kept/* "$elsewhere"/* "$COW_FAULTS" "$COW_FAULTS.hit"
     [ "$target" = new ] || cp --sparse=always "$tmp/old" "$tmp/t/diff"
     TMPDIR=$elsewhere start_nbdkit file "$tmp/base" cow-save="$tmp/t/diff" "$@"
-    if [ ! -e "$tmp/wanted" ]; then
-        py <<'END'
-h = connect()
-h.pwrite(b"new" * 50000, 12345)
-h.zero(200000, 400000)
-with open(tmp + "/wanted", "wb") as f:
-    f.write(h.pread(1000000, 0))
-END
-    else
-        py <<'END'
-h = connect()
-h.pwrite(b"new" * 50000, 12345)
-h.zero(200000, 400000)
-END
-    fi
+    change_disk
     echo "$first $last $error" >"$COW_FAULTS.new"
     mv "$COW_FAULTS.new" "$COW_FAULTS"
     clients_have_gone
@@ -138,11 +137,7 @@ done
 # own file, though that was to be streamed and is no image yet.
 rm -f "$tmp"/kept/* "$COW_FAULTS" "$COW_FAULTS.hit"
 TMPDIR=$tmp/kept start_nbdkit file "$tmp/base" cow-save=-
-py <<'END'
-h = connect()
-h.pwrite(b"new" * 50000, 12345)
-h.zero(200000, 400000)
-END
+change_disk
 echo "1 3 5" >"$COW_FAULTS"
 end_nbdkit TERM 1
 [ "$(xargs <"$COW_FAULTS.hit")" = "sync_file_range fsync open of a directory" ] ||
