@@ -12,8 +12,8 @@
 #include <string.h>
 
 #include "base.h"
-#include "cleanup.h"
-#include "debug.h"
+#include "common/cleanup.h"
+#include "common/debug.h"
 
 /* Where the base names no maximum: the longest read that a client may send to
  * nbdkit, and so one that every plugin must expect.

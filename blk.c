@@ -47,8 +47,8 @@
 
 #include "bitmap.h"
 #include "blk.h"
-#include "cleanup.h"
-#include "debug.h"
+#include "common/cleanup.h"
+#include "common/debug.h"
 
 /* Where the byte at OFFSET of the disk lies in the file, its slot being at
  * PLACE.

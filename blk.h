@@ -18,7 +18,7 @@
 #include <nbdkit-filter.h>
 
 #include "base.h"
-#include "overlay.h"
+#include "overlay/overlay.h"
 
 /* An error of the overlay file or of memory, reported, as that of the request: what NBD
  * has a name for, else EIO.  The client would see EINVAL, and on ENOTSUP nbdkit would

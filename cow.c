@@ -22,14 +22,14 @@
 
 #include "base.h"
 #include "blk.h"
-#include "cleanup.h"
-#include "debug.h"
-#include "ending.h"
-#include "loads.h"
-#include "lone.h"
-#include "overlays.h"
-#include "save.h"
-#include "views.h"
+#include "common/cleanup.h"
+#include "common/debug.h"
+#include "server/ending.h"
+#include "server/loads.h"
+#include "server/lone.h"
+#include "server/overlays.h"
+#include "server/save.h"
+#include "server/views.h"
 
 /* The callbacks have the parameters that nbdkit gives them. */
 #pragma GCC diagnostic ignored "-Wunused-parameter"

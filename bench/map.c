@@ -24,8 +24,8 @@
 #include <time.h>
 
 #include "bitmap.h"
-#include "cleanup.h"
-#include "map.h"
+#include "common/cleanup.h"
+#include "overlay/map.h"
 
 #define MAX_THREADS 8
 #define MAX_REPEATS 5

@@ -15,7 +15,7 @@
 #include <unistd.h>
 
 #include "faults.h"
-#include "map.h"
+#include "overlay/map.h"
 
 bool short_transfers, fail_punches, no_tmpfile, no_seek_data;
 atomic_uint nr_punches;

@@ -20,8 +20,8 @@
 #include <unistd.h>
 
 #include "blk.h"
-#include "cleanup.h"
-#include "load.h"
+#include "common/cleanup.h"
+#include "images/load.h"
 #include "nbdkit-stubs.h"
 
 #define NAME "input"

@@ -11,8 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cleanup.h"
-#include "debug.h"
+#include "common/cleanup.h"
+#include "common/debug.h"
 #include "nbdkit-stubs.h"
 
 int cow_debug_verbose;

@@ -22,7 +22,7 @@
 #include <cmocka.h>
 
 #include "blk.h"
-#include "cleanup.h"
+#include "common/cleanup.h"
 #include "faults.h"
 #include "nbdkit-stubs.h"
 

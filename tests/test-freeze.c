@@ -24,7 +24,7 @@
 
 #include "bitmap.h"
 #include "blk.h"
-#include "cleanup.h"
+#include "common/cleanup.h"
 #include "faults.h"
 #include "nbdkit-stubs.h"
 

@@ -22,9 +22,9 @@
 
 #include <cmocka.h>
 
-#include "cleanup.h"
+#include "common/cleanup.h"
 #include "faults.h"
-#include "image.h"
+#include "images/image.h"
 
 #define MIB (UINT64_C (1) << 20)
 

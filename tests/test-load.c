@@ -30,9 +30,9 @@
 
 #include "bitmap.h"
 #include "blk.h"
-#include "cleanup.h"
+#include "common/cleanup.h"
 #include "faults.h"
-#include "load.h"
+#include "images/load.h"
 #include "nbdkit-stubs.h"
 
 #define NAME "dir/test.qcow2"

@@ -20,7 +20,7 @@
 #include <cmocka.h>
 
 #include "bitmap.h"
-#include "map.h"
+#include "overlay/map.h"
 
 /* Linked with --wrap=calloc, --wrap=malloc, --wrap=free. */
 extern void *__real_calloc (size_t n, size_t size);

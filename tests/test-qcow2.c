@@ -15,7 +15,7 @@
 
 #include <cmocka.h>
 
-#include "qcow2.h"
+#include "format/qcow2.h"
 
 #define KiB UINT64_C (1024)
 #define MiB (KiB * 1024)

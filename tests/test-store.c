@@ -19,7 +19,7 @@
 #include <cmocka.h>
 
 #include "faults.h"
-#include "store.h"
+#include "overlay/store.h"
 
 #define PLACE UINT64_C (131072)
 

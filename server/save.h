@@ -10,9 +10,9 @@
 #include <stdint.h>
 
 #include "blk.h"
-#include "loads.h"
-#include "qcow2.h"
-#include "target.h"
+#include "server/loads.h"
+#include "format/qcow2.h"
+#include "server/target.h"
 
 /* What the parameters say. */
 struct save_options {

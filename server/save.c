@@ -28,15 +28,15 @@
 
 #include <nbdkit-filter.h>
 
-#include "cleanup.h"
-#include "debug.h"
-#include "image.h"
-#include "names.h"
-#include "newfile.h"
-#include "save.h"
-#include "store.h"
-#include "tables.h"
-#include "target.h"
+#include "common/cleanup.h"
+#include "common/debug.h"
+#include "images/image.h"
+#include "server/names.h"
+#include "overlay/newfile.h"
+#include "server/save.h"
+#include "overlay/store.h"
+#include "overlay/tables.h"
+#include "server/target.h"
 
 #define COPY_BYTES (1u << 20)
 

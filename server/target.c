@@ -23,11 +23,11 @@
 
 #include <nbdkit-filter.h>
 
-#include "cleanup.h"
-#include "names.h"
-#include "qcow2.h"
-#include "store.h"
-#include "target.h"
+#include "common/cleanup.h"
+#include "server/names.h"
+#include "format/qcow2.h"
+#include "overlay/store.h"
+#include "server/target.h"
 
 /* How long a FIFO waits for its reader. */
 #define FIFO_SECONDS 30

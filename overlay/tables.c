@@ -25,8 +25,8 @@
 #include <stdlib.h>
 #include <sys/uio.h>
 
-#include "cleanup.h"
-#include "tables.h"
+#include "common/cleanup.h"
+#include "overlay/tables.h"
 
 /* What file systems allocate in. */
 #define PAGE UINT64_C (4096)

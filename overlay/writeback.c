@@ -14,8 +14,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "cleanup.h"
-#include "writeback.h"
+#include "common/cleanup.h"
+#include "overlay/writeback.h"
 
 /* What is synced soon enough. */
 #define LITTLE (UINT64_C (32) << 20)

@@ -13,7 +13,7 @@
 
 #include "base.h"
 #include "blk.h"
-#include "qcow2.h"
+#include "format/qcow2.h"
 
 enum view_kind {
   VIEW_BASE,     /* the base as it is below the filter */

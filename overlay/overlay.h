@@ -12,10 +12,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "map.h"
-#include "qcow2.h"
-#include "store.h"
-#include "tables.h"
+#include "overlay/map.h"
+#include "format/qcow2.h"
+#include "overlay/store.h"
+#include "overlay/tables.h"
 
 /* What is to become of overlays. */
 enum overlay_fate {

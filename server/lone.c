@@ -16,7 +16,7 @@
 
 #include <nbdkit-filter.h>
 
-#include "lone.h"
+#include "server/lone.h"
 
 /* A base that does not open within this time cannot be opened. */
 #define SECONDS 10

@@ -18,8 +18,8 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-#include "newfile.h"
-#include "writeback.h"
+#include "overlay/newfile.h"
+#include "overlay/writeback.h"
 
 /* Consecutive places. */
 struct place_run {

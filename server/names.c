@@ -15,8 +15,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "cleanup.h"
-#include "names.h"
+#include "common/cleanup.h"
+#include "server/names.h"
 
 #define SUFFIX ".qcow2"
 

@@ -37,11 +37,11 @@
 #include <unistd.h>
 
 #include "bitmap.h"
-#include "cleanup.h"
-#include "debug.h"
-#include "expand.h"
-#include "load.h"
-#include "qcow2.h"
+#include "common/cleanup.h"
+#include "common/debug.h"
+#include "format/expand.h"
+#include "images/load.h"
+#include "format/qcow2.h"
 
 /* As much of a table is read at once; and where data starts in the file, so
  * much is taken for data, up to the next multiple.  A power of two.

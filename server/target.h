@@ -9,8 +9,8 @@
 #include <stddef.h>
 #include <sys/types.h>
 
-#include "loads.h"
-#include "newfile.h"
+#include "server/loads.h"
+#include "overlay/newfile.h"
 
 /* Parameters of the plugin and of other filters, whose values may name files that
  * are not to be overwritten.

@@ -20,7 +20,7 @@
 #include <zstd.h>
 #endif
 
-#include "expand.h"
+#include "format/expand.h"
 
 /* Negative: no header, no checksum.  qemu writes with a smaller window, which
  * this one takes too.

@@ -21,10 +21,10 @@
 
 #include <nbdkit-filter.h>
 
-#include "cleanup.h"
-#include "load.h"
-#include "loads.h"
-#include "names.h"
+#include "common/cleanup.h"
+#include "images/load.h"
+#include "server/loads.h"
+#include "server/names.h"
 
 struct load_source {
   const char *name; /* as the user gave it */

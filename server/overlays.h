@@ -10,7 +10,7 @@
 
 #include "base.h"
 #include "blk.h"
-#include "views.h"
+#include "server/views.h"
 
 struct loads;
 struct overlays;

@@ -28,8 +28,8 @@
 #include <sys/uio.h>
 
 #include "bitmap.h"
-#include "cleanup.h"
-#include "image.h"
+#include "common/cleanup.h"
+#include "images/image.h"
 
 int
 image_data_add (struct image_data *data, uint32_t bs, uint64_t offset,

@@ -16,10 +16,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "map.h"
-#include "qcow2.h"
-#include "store.h"
-#include "tables.h"
+#include "overlay/map.h"
+#include "format/qcow2.h"
+#include "overlay/store.h"
+#include "overlay/tables.h"
 
 /* Where the base has data, in blocks, in the order of the disk; no two of them touch. */
 struct image_data {

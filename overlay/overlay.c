@@ -26,8 +26,8 @@
 #include <unistd.h>
 
 #include "bitmap.h"
-#include "cleanup.h"
-#include "overlay.h"
+#include "common/cleanup.h"
+#include "overlay/overlay.h"
 
 /* Make the store, and if there is going to be an image, lay its file out for
  * that.  0 or an errno value.

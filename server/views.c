@@ -19,10 +19,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cleanup.h"
-#include "debug.h"
-#include "image.h"
-#include "views.h"
+#include "common/cleanup.h"
+#include "common/debug.h"
+#include "images/image.h"
+#include "server/views.h"
 
 /* Extents of the base are asked for so many bytes at a time: in blocks of 512 bytes
  * they fit into what nbdkit takes of them in one list.

@@ -21,8 +21,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "cleanup.h"
-#include "newfile.h"
+#include "common/cleanup.h"
+#include "overlay/newfile.h"
 
 /* unlink, free and close keep errno, as they run after what has failed. */
 

@@ -27,12 +27,12 @@
 #include <nbdkit-filter.h>
 
 #include "blk.h"
-#include "cleanup.h"
-#include "debug.h"
-#include "loads.h"
-#include "overlays.h"
-#include "save.h"
-#include "store.h"
+#include "common/cleanup.h"
+#include "common/debug.h"
+#include "server/loads.h"
+#include "server/overlays.h"
+#include "server/save.h"
+#include "overlay/store.h"
 
 /* An overlay and those who use it. */
 struct overlay_entry {

@@ -26,8 +26,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "cleanup.h"
-#include "store.h"
+#include "common/cleanup.h"
+#include "overlay/store.h"
 
 int
 store_check_dir (const char *dir)

@@ -13,8 +13,8 @@
 #include <endian.h>
 #include <string.h>
 
-#include "cleanup.h"
-#include "qcow2.h"
+#include "common/cleanup.h"
+#include "format/qcow2.h"
 
 #define MAGIC UINT32_C (0x514649fb) /* "QFI\xfb" */
 

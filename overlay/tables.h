@@ -16,8 +16,8 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-#include "qcow2.h"
-#include "store.h"
+#include "format/qcow2.h"
+#include "overlay/store.h"
 
 /* Is space set aside? */
 enum tables_space {

@@ -38,8 +38,8 @@
 #include <string.h>
 
 #include "bitmap.h"
-#include "cleanup.h"
-#include "map.h"
+#include "common/cleanup.h"
+#include "overlay/map.h"
 
 #define LEAF_BITS 8
 #define INNER_BITS 9

@@ -27,8 +27,8 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "cleanup.h"
-#include "ending.h"
+#include "common/cleanup.h"
+#include "server/ending.h"
 
 /* Those that tell nbdkit to stop. */
 static const int signals[] = { SIGINT, SIGQUIT, SIGTERM, SIGHUP };
