@@ -32,8 +32,8 @@ enum on_read {
   ON_READ_KEEP, /* their blocks are kept in the overlay (cow-on-read) */
 };
 
-/* Read COUNT bytes at OFFSET into BUF. */
-extern int blk_read (struct overlay *overlay, const struct base *base,
+/* Read COUNT bytes at OFFSET into BUF.  Of a frozen disk nothing is kept. */
+extern int blk_read (struct disk disk, const struct base *base,
                      enum on_read on_read, void *buf, uint32_t count,
                      uint64_t offset, int *err);
 
@@ -69,19 +69,8 @@ extern int blk_cache (struct overlay *overlay, const struct base *base,
  * describes them.  With NBDKIT_FLAG_REQ_ONE in FLAGS possibly only the first
  * extent, and asks the base at most once.
  */
-extern int blk_extents (struct overlay *overlay, const struct base *base,
+extern int blk_extents (struct disk disk, const struct base *base,
                         uint32_t count, uint64_t offset, uint32_t flags,
                         struct nbdkit_extents *extents, int *err);
-
-/* The same of the disk as it was when it was frozen.  Nothing is kept. */
-extern int blk_read_frozen (struct overlay *overlay,
-                            const struct frozen_map *frozen,
-                            const struct base *base, void *buf, uint32_t count,
-                            uint64_t offset, int *err);
-extern int blk_extents_frozen (struct overlay *overlay,
-                               const struct frozen_map *frozen,
-                               const struct base *base, uint32_t count,
-                               uint64_t offset, uint32_t flags,
-                               struct nbdkit_extents *extents, int *err);
 
 #endif /* COW_BLK_H */

@@ -687,8 +687,8 @@ cow_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
   log_request (h, "read", count, offset, "");
   if (h->view)
     return view_read (h->view, &h->base, buf, count, offset, err);
-  return blk_read (overlay_of (h->entry), &h->base, on_read_now (), buf, count,
-                   offset, err);
+  return blk_read (live_disk (overlay_of (h->entry)), &h->base, on_read_now (),
+                   buf, count, offset, err);
 }
 
 /* FUA and flush have nothing to do: map and file die with the process, so that
@@ -760,8 +760,8 @@ cow_extents (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
   if (h->view)
     return view_extents (h->view, &h->base, count, offset, flags, extents,
                          err);
-  return blk_extents (overlay_of (h->entry), &h->base, count, offset, flags,
-                      extents, err);
+  return blk_extents (live_disk (overlay_of (h->entry)), &h->base, count,
+                      offset, flags, extents, err);
 }
 
 static struct nbdkit_filter filter = {

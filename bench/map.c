@@ -207,7 +207,7 @@ look (struct worker *w)
   return CHUNK;
 }
 
-/* As blk.c does it, but for the slot locks: no two threads have the same slot. */
+/* As change.c does it, but for the slot locks: no two threads have the same slot. */
 static uint64_t
 update (struct worker *w)
 {
@@ -252,7 +252,7 @@ stored_state (const struct measure *m, uint64_t pos)
 }
 
 /* The length in blocks of the run that starts at block POS of the disk, and its
- * state.  This is find_run_of of blk.c, which counts in bytes.
+ * state.  This is find_run_of of look.c, which counts in bytes.
  */
 static uint64_t
 find_run (uint64_t pos, uint64_t end, enum block_state *state)

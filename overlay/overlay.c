@@ -5,7 +5,7 @@
  * Freezing takes the request lock exclusively, and in that hold the root of the map;
  * as a request changes all that it changes in one hold of that lock (rule 7), it is
  * in the frozen map wholly or not at all.  From then on nodes and places are shared
- * by the frozen and the live map, until blk.c changes them: it copies nodes
+ * by the frozen and the live map, until a change comes (change.c): it copies nodes
  * (map_touch) and moves slots to fresh places.
  *
  * Releasing runs under the release lock, which no request and no freeze ever takes.
@@ -27,7 +27,7 @@
 
 #include "bitmap.h"
 #include "common/cleanup.h"
-#include "overlay/overlay.h"
+#include "overlay/private.h"
 
 /* Make the store, and if there is going to be an image, lay its file out for
  * that.  0 or an errno value.
@@ -50,7 +50,6 @@ init_store (struct overlay *o, const struct overlay_options *options)
                                                            : TABLES_UNPLANNED)
       == -1)
     return ENOMEM;
-  o->has_tables = true;
   store_init (&o->store, options->dir, NEWFILE_TO_PUBLISH, slot_size (o),
               ROUND_UP (tables_head_size (&g), slot_size (o))
                 >> o->slot_shift);
@@ -87,6 +86,7 @@ overlay_new (uint64_t size, const struct overlay_options *options)
   o->slot_shift = o->block_shift + (unsigned) __builtin_ctz (SLOT_BLOCKS);
   o->detect_zeroes = options->detect_zeroes;
   o->fate = options->fate;
+  atomic_init (&o->life, OVERLAY_OPEN);
   atomic_init (&o->changed, false);
   err = init_store (o, options);
   if (err) {
@@ -109,7 +109,7 @@ overlay_free (struct overlay *o)
 {
   if (!o)
     return;
-  if (o->closed) {
+  if (is_closed (o)) {
     map_unlink (&o->map, &o->last);
     map_release (&o->last, NULL);
   }
@@ -120,7 +120,7 @@ overlay_free (struct overlay *o)
   pthread_rwlock_destroy (&o->request_lock);
   map_destroy (&o->map);
   store_destroy (&o->store);
-  if (o->has_tables)
+  if (has_tables (o))
     tables_destroy (&o->tables);
   free (o);
 }
@@ -196,7 +196,7 @@ overlay_freeze (struct overlay *o)
   if (!frozen)
     return NULL;
   pthread_rwlock_wrlock (&o->request_lock);
-  const bool closed = o->closed;
+  const bool closed = is_closed (o);
   if (!closed)
     map_freeze (&o->map, frozen);
   pthread_rwlock_unlock (&o->request_lock);
@@ -215,9 +215,10 @@ overlay_close (struct overlay *o)
    * so has done all of it by now, or will find this.
    */
   pthread_rwlock_wrlock (&o->request_lock);
-  if (!o->closed)
+  if (!is_closed (o)) {
     map_freeze (&o->map, &o->last);
-  o->closed = true;
+    atomic_store (&o->life, OVERLAY_CLOSED);
+  }
   pthread_rwlock_unlock (&o->request_lock);
 }
 
@@ -226,7 +227,14 @@ overlay_is_closed (struct overlay *o)
 {
   READ_LOCK_FOR_SCOPE (&o->request_lock);
 
-  return o->closed;
+  return is_closed (o);
+}
+
+/* Are views cut off?  Caller holds the view lock or the release lock. */
+static bool
+views_are_cut (const struct overlay *o)
+{
+  return atomic_load (&o->life) == OVERLAY_CUT;
 }
 
 int
@@ -235,7 +243,7 @@ overlay_read_frozen (struct overlay *o, void *buf, uint64_t count,
 {
   READ_LOCK_FOR_SCOPE (&o->view_lock);
 
-  if (o->views_are_cut) {
+  if (views_are_cut (o)) {
     errno = ESHUTDOWN;
     return -1;
   }
@@ -349,7 +357,7 @@ overlay_release (struct overlay *o, struct frozen_map *frozen)
   pthread_rwlock_unlock (&o->request_lock);
 
   /* Once views are cut off, the file may have been saved, and be somebody else's. */
-  if (o->views_are_cut)
+  if (views_are_cut (o))
     map_release (frozen, NULL);
   else {
     giving.o = o;
@@ -389,7 +397,7 @@ overlay_cut_views (struct overlay *o)
   LOCK_FOR_SCOPE (&o->release_lock);
 
   pthread_rwlock_wrlock (&o->view_lock);
-  o->views_are_cut = true;
+  atomic_store (&o->life, OVERLAY_CUT);
   pthread_rwlock_unlock (&o->view_lock);
 
   /* Under the release lock the list does not lose any, and closed, it gains none. */

@@ -7,15 +7,15 @@
 #ifndef COW_OVERLAY_H
 #define COW_OVERLAY_H
 
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "overlay/map.h"
 #include "format/qcow2.h"
-#include "overlay/store.h"
-#include "overlay/tables.h"
+
+struct frozen_map;
+struct map;
+struct store;
+struct tables;
 
 /* What is to become of overlays. */
 enum overlay_fate {
@@ -34,40 +34,7 @@ struct overlay_options {
   enum qcow2_l2_format format; /* of the image */
 };
 
-/* As many as a word has bits.  (The deadlock detector of gcc's thread sanitizer
- * breaks down where a thread holds more than 64 locks of any kind.)
- */
-#ifndef __SANITIZE_THREAD__
-#define NR_STRIPES 64
-#else
-#define NR_STRIPES 32
-#endif
-
-/* For blk.c; others use the functions below. */
-struct overlay {
-  uint64_t size;          /* of the disk, in bytes; constant */
-  unsigned block_shift;   /* log2 of the block size; constant */
-  unsigned slot_shift;    /* log2 of the slot size; constant */
-  bool detect_zeroes;     /* constant */
-  bool has_tables;        /* constant */
-  enum overlay_fate fate; /* constant */
-  struct tables tables;   /* if has_tables: for its image; has its own lock */
-  atomic_bool changed;    /* set before the first change of a slot */
-  bool closed;            /* nothing changes any more; set under the exclusive
-                            * request lock */
-  struct map map;         /* looked at under the request lock; slots are
-                            * changed under their slot lock too */
-  struct frozen_map last; /* if closed: as it is to be saved */
-  struct store store;     /* has its own lock */
-  pthread_mutex_t release_lock; /* held while a frozen map is released */
-  pthread_mutex_t slot_locks[NR_STRIPES];
-  pthread_rwlock_t request_lock;
-  pthread_rwlock_t
-    view_lock; /* held shared by views while they read the file */
-  bool
-    views_are_cut; /* they do not read it any more, and nothing is given back;
-                       * set under the release lock and the exclusive view lock */
-};
+struct overlay;
 
 /* Make an overlay for a disk of SIZE bytes.  Allocates next to nothing until
  * something is written.  NULL and errno: ENOMEM, or EFBIG if no image can be that
@@ -98,6 +65,24 @@ extern struct frozen_map *overlay_freeze (struct overlay *overlay);
 extern void overlay_release (struct overlay *overlay,
                              struct frozen_map *frozen);
 
+/* The disk that somebody looks at: as it is, or as it was when it was frozen. */
+struct disk {
+  struct overlay *overlay;
+  const struct frozen_map *frozen; /* which is held; NULL: as it is */
+};
+
+static inline struct disk
+live_disk (struct overlay *overlay)
+{
+  return (struct disk) { .overlay = overlay };
+}
+
+static inline struct disk
+frozen_disk (struct overlay *overlay, const struct frozen_map *frozen)
+{
+  return (struct disk) { .overlay = overlay, .frozen = frozen };
+}
+
 /* Was it closed? */
 extern bool overlay_is_closed (struct overlay *overlay);
 
@@ -123,39 +108,5 @@ extern int overlay_read_frozen (struct overlay *overlay, void *buf,
 extern const struct map *overlay_map (const struct overlay *overlay);
 extern struct store *overlay_store (struct overlay *overlay);
 extern struct tables *overlay_tables (struct overlay *overlay);
-
-/*----------------------------------------------------------------------
- * For blk.c and overlay.c
- */
-
-static inline uint64_t
-block_size (const struct overlay *o)
-{
-  return UINT64_C (1) << o->block_shift;
-}
-
-static inline uint64_t
-slot_size (const struct overlay *o)
-{
-  return UINT64_C (1) << o->slot_shift;
-}
-
-/* As much of the file is punched at once, and with locks held. */
-#define PUNCH_BYTES (16u << 20)
-
-/* Punch these blocks of the slot at PLACE. */
-extern void overlay_punch_blocks (const struct overlay *overlay,
-                                  uint64_t place, uint32_t blocks);
-
-/* Take the slot locks that have a bit in STRIPES, in ascending order. */
-extern void overlay_lock_stripes (struct overlay *overlay, uint64_t stripes);
-extern void overlay_unlock_stripes (struct overlay *overlay, uint64_t stripes);
-
-/* The bit of the slot lock of slot NR. */
-static inline uint64_t
-stripe_of (uint64_t nr)
-{
-  return UINT64_C (1) << nr % NR_STRIPES;
-}
 
 #endif /* COW_OVERLAY_H */

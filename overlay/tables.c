@@ -14,7 +14,7 @@
  * What is needed: one cluster for each L2 table with an entry that is not "hole",
  * and refcount blocks for all of the file.  They are set aside in advance by a few
  * at a time, so that most requests find enough.  Too much is given back by
- * the save; too little cannot be, as blk.c asks before it changes a slot.
+ * the save; too little cannot be, as change.c asks before it changes a slot.
  *
  * Knows the format and the file, but not the map.
  */

@@ -313,8 +313,8 @@ view_read (struct view *v, const struct base *base, void *buf, uint32_t count,
   case VIEW_BASE:
     return base_read (base, buf, count, offset, err);
   case VIEW_SNAPSHOT:
-    return blk_read_frozen (v->overlay, v->frozen, base, buf, count, offset,
-                            err);
+    return blk_read (frozen_disk (v->overlay, v->frozen), base, ON_READ_PASS,
+                     buf, count, offset, err);
   default:
     return read_image (v, base, buf, count, offset, err);
   }
@@ -335,6 +335,6 @@ view_extents (struct view *v, const struct base *base, uint32_t count,
 
   if (v->kind == VIEW_BASE)
     return base_extents (base, count, offset, flags, extents, &covered, err);
-  return blk_extents_frozen (v->overlay, v->frozen, base, count, offset, flags,
-                             extents, err);
+  return blk_extents (frozen_disk (v->overlay, v->frozen), base, count, offset,
+                      flags, extents, err);
 }

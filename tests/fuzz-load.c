@@ -85,8 +85,8 @@ read_some (struct overlay *overlay, const struct base *base)
   int err;
 
   for (unsigned i = 0; i < 3 && count > 0; ++i)
-    check (blk_read (overlay, base, ON_READ_PASS, buf, (uint32_t) count,
-                     offsets[i], &err)
+    check (blk_read (live_disk (overlay), base, ON_READ_PASS, buf,
+                     (uint32_t) count, offsets[i], &err)
            == 0);
 }
 

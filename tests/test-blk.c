@@ -25,6 +25,7 @@
 #include "common/cleanup.h"
 #include "faults.h"
 #include "nbdkit-stubs.h"
+#include "overlay/private.h"
 
 #define BLOCK UINT32_C (4096)
 #define SLOT (32 * BLOCK)
@@ -86,7 +87,8 @@ static void
 read_disk (uint8_t bytes[SIZE])
 {
   assert_int_equal (
-    blk_read (overlay, &base, ON_READ_PASS, bytes, SIZE, 0, &err), 0);
+    blk_read (live_disk (overlay), &base, ON_READ_PASS, bytes, SIZE, 0, &err),
+    0);
 }
 
 /*----------------------------------------------------------------------
@@ -121,8 +123,8 @@ run_op_with (uint8_t *buf, const struct op *op, int *op_err)
   case FAST_ZERO:
     return blk_zero (overlay, &base, ZERO_FAST, op->count, op->offset, op_err);
   case READ_AND_KEEP:
-    return blk_read (overlay, &base, ON_READ_KEEP, buf, op->count, op->offset,
-                     op_err);
+    return blk_read (live_disk (overlay), &base, ON_READ_KEEP, buf, op->count,
+                     op->offset, op_err);
   case CACHE_AND_KEEP:
   default:
     return blk_cache (overlay, &base, ON_CACHE_KEEP, op->count, op->offset,
@@ -299,7 +301,8 @@ base_with_block_sizes (void **state)
         assert_int_equal (err, ENOTSUP);
 
       struct nbdkit_extents *x = nbdkit_extents_new (op.offset, SIZE);
-      assert_int_equal (blk_extents (overlay, &base, op.count, op.offset,
+      assert_int_equal (blk_extents (live_disk (overlay), &base, op.count,
+                                     op.offset,
                                      n % 2 ? NBDKIT_FLAG_REQ_ONE : 0, x, &err),
                         0);
       assert_true (nbdkit_extents_count (x) > 0);
@@ -514,8 +517,9 @@ written_again_before_the_punch (void **state)
       break;
 
     uint8_t byte;
-    assert_int_equal (
-      blk_read (overlay, &base, ON_READ_PASS, &byte, 1, SLOT, &err), 0);
+    assert_int_equal (blk_read (live_disk (overlay), &base, ON_READ_PASS,
+                                &byte, 1, SLOT, &err),
+                      0);
     last_was_kept = byte == 'a';
     memset (model + SLOT, last_was_kept ? 'a' : 0, BLOCK);
     check_disk (model);
@@ -545,8 +549,8 @@ read_into_clients_buffer (void **state)
   for (unsigned i = 0; i < sizeof reads / sizeof reads[0]; ++i)
     for (unsigned n = 1; n <= 2; ++n) {
       memset (buf, 0, sizeof buf);
-      assert_int_equal (blk_read (overlay, &base, ON_READ_KEEP, buf,
-                                  reads[i].count, reads[i].offset, &err),
+      assert_int_equal (blk_read (live_disk (overlay), &base, ON_READ_KEEP,
+                                  buf, reads[i].count, reads[i].offset, &err),
                         0);
       assert_memory_equal (buf, base_bytes + reads[i].offset, reads[i].count);
       assert_int_equal (fake.read_into == buf, reads[i].direct);
@@ -566,9 +570,9 @@ read_extents (char types[SIZE / BLOCK + 2])
   while (pos < SIZE) {
     struct nbdkit_extents *x = nbdkit_extents_new (pos, SIZE);
 
-    assert_int_equal (
-      blk_extents (overlay, &base, (uint32_t) (SIZE - pos), pos, 0, x, &err),
-      0);
+    assert_int_equal (blk_extents (live_disk (overlay), &base,
+                                   (uint32_t) (SIZE - pos), pos, 0, x, &err),
+                      0);
     assert_true (nbdkit_extents_count (x) > 0);
     for (size_t i = 0; i < nbdkit_extents_count (x); ++i) {
       const struct nbdkit_extent e = nbdkit_get_extent (x, i);
@@ -635,7 +639,7 @@ read_states (char states[SIZE / BLOCK + 2])
     struct nbdkit_extents *x = nbdkit_extents_new (offset, SIZE);
     const unsigned asked = fake.nr_extents;
 
-    assert_int_equal (blk_extents (overlay, &base,
+    assert_int_equal (blk_extents (live_disk (overlay), &base,
                                    (uint32_t) MIN (BLOCK, SIZE - offset),
                                    offset, 0, x, &err),
                       0);
@@ -886,8 +890,8 @@ requests_for_many_slots (void **state)
     blk_write (overlay, &base, buf, (uint32_t) (size - SLOT / 2), 0, &err), 0);
   assert_true (call_was_interrupted ());
   pthread_join (inner_thread, NULL);
-  assert_int_equal (blk_read (overlay, &base, ON_READ_PASS, &byte, 1,
-                              size - SLOT + 20 * BLOCK, &err),
+  assert_int_equal (blk_read (live_disk (overlay), &base, ON_READ_PASS, &byte,
+                              1, size - SLOT + 20 * BLOCK, &err),
                     0);
   assert_int_equal (byte, 'i');
 
@@ -978,8 +982,9 @@ check_large (bool all)
     const uint32_t count
       = (uint32_t) MIN (LARGE - at, all || at == FOCUS ? SLOT : BLOCK);
 
-    assert_int_equal (
-      blk_read (overlay, &base, ON_READ_PASS, buf, count, at, &err), 0);
+    assert_int_equal (blk_read (live_disk (overlay), &base, ON_READ_PASS, buf,
+                                count, at, &err),
+                      0);
     assert_memory_equal (buf, large_model + at, count);
   }
 }
@@ -1010,7 +1015,8 @@ leaves_that_become_zero (void **state)
   assert_ptr_equal (leaf_at (0), leaf_at (LEAF));
   assert_ptr_not_equal (leaf_at (0), leaf_at (2 * LEAF));
   x = nbdkit_extents_new (0, LARGE);
-  assert_int_equal (blk_extents (overlay, &base, LARGE, 0, 0, x, &err), 0);
+  assert_int_equal (
+    blk_extents (live_disk (overlay), &base, LARGE, 0, 0, x, &err), 0);
   assert_int_equal (nbdkit_extents_count (x), 1);
   assert_int_equal (nbdkit_get_extent (x, 0).type,
                     NBDKIT_EXTENT_HOLE | NBDKIT_EXTENT_ZERO);
@@ -1109,8 +1115,8 @@ interrupted_while_a_leaf_becomes_zero (void **state)
         pthread_join (inner_thread, NULL);
 
         /* Which one was the last is seen where the other one wrote. */
-        assert_int_equal (blk_read (overlay, &base, ON_READ_PASS, &byte, 1,
-                                    others[i].offset, &err),
+        assert_int_equal (blk_read (live_disk (overlay), &base, ON_READ_PASS,
+                                    &byte, 1, others[i].offset, &err),
                           0);
         if (byte) {
           assert_int_equal (others[i].kind, WRITE);
@@ -1171,8 +1177,8 @@ stress (void *arg)
     else if (op.kind != FAST_ZERO || my_err != ENOTSUP)
       abort ();
 
-    if (blk_read (overlay, &base, ON_READ_PASS, buf, (uint32_t) (end - start),
-                  start, &my_err)
+    if (blk_read (live_disk (overlay), &base, ON_READ_PASS, buf,
+                  (uint32_t) (end - start), start, &my_err)
           == -1
         || memcmp (buf, shared_model + start, end - start) != 0)
       abort ();
@@ -1241,9 +1247,9 @@ punches_hit_nothing_else (void **state)
     memset (buf, fill, sizeof buf);
     assert_int_equal (
       blk_write (overlay, &base, buf, sizeof buf, offset, &err), 0);
-    assert_int_equal (
-      blk_read (overlay, &base, ON_READ_PASS, buf, sizeof buf, offset, &err),
-      0);
+    assert_int_equal (blk_read (live_disk (overlay), &base, ON_READ_PASS, buf,
+                                sizeof buf, offset, &err),
+                      0);
     for (unsigned i = 0; i < sizeof buf; ++i)
       assert_int_equal (buf[i], fill);
   }

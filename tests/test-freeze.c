@@ -27,6 +27,7 @@
 #include "common/cleanup.h"
 #include "faults.h"
 #include "nbdkit-stubs.h"
+#include "overlay/private.h"
 
 #define BLOCK UINT32_C (4096)
 #define SLOT (32 * BLOCK)
@@ -195,9 +196,10 @@ read_extents (const struct frozen_map *frozen, struct extents *extents)
   if (!x)
     die ("nbdkit_extents_new", ENOMEM);
   /* The end of one type for nbdkit is that of its run; a read of all asks in pieces. */
-  if (blk_extents_frozen (overlay, frozen, &base, SIZE, 0, 0, x, &my_err)
+  if (blk_extents (frozen_disk (overlay, frozen), &base, SIZE, 0, 0, x,
+                   &my_err)
       == -1)
-    die ("blk_extents_frozen", my_err);
+    die ("blk_extents", my_err);
   extents->count = nbdkit_extents_count (x);
   if (extents->count > MAX_EXTENTS)
     die ("extents", 0);
@@ -246,17 +248,17 @@ run_op (uint8_t *buf, const struct op *op, const uint8_t *model,
   case ZERO:
     return blk_zero (overlay, &base, ZERO_ANY, op->count, op->offset, op_err);
   case READ_AND_KEEP:
-    return blk_read (overlay, &base, ON_READ_KEEP, buf, op->count, op->offset,
-                     op_err);
+    return blk_read (live_disk (overlay), &base, ON_READ_KEEP, buf, op->count,
+                     op->offset, op_err);
   case CACHE_AND_KEEP:
     return blk_cache (overlay, &base, ON_CACHE_KEEP, op->count, op->offset,
                       op_err);
   case READ:
-    return blk_read (overlay, &base, ON_READ_PASS, buf, op->count, op->offset,
-                     op_err);
+    return blk_read (live_disk (overlay), &base, ON_READ_PASS, buf, op->count,
+                     op->offset, op_err);
   case READ_FROZEN:
-    return blk_read_frozen (overlay, held[0]->frozen, &base, buf, op->count,
-                            op->offset, op_err);
+    return blk_read (frozen_disk (overlay, held[0]->frozen), &base,
+                     ON_READ_PASS, buf, op->count, op->offset, op_err);
   case FREEZE:
     freeze_as (model, other);
     return 0;
@@ -307,7 +309,8 @@ check_disk (const uint8_t *model)
   static uint8_t bytes[SIZE];
 
   assert_int_equal (
-    blk_read (overlay, &base, ON_READ_PASS, bytes, SIZE, 0, &err), 0);
+    blk_read (live_disk (overlay), &base, ON_READ_PASS, bytes, SIZE, 0, &err),
+    0);
   check_bytes ("live disk", bytes, model);
 }
 
@@ -320,8 +323,9 @@ check_held (void)
   for (unsigned i = 0; i < nr_held; ++i) {
     struct held *h = held[i];
 
-    assert_int_equal (
-      blk_read_frozen (overlay, h->frozen, &base, bytes, SIZE, 0, &err), 0);
+    assert_int_equal (blk_read (frozen_disk (overlay, h->frozen), &base,
+                                ON_READ_PASS, bytes, SIZE, 0, &err),
+                      0);
     if (memcmp (bytes, h->other, SIZE) == 0)
       memcpy (h->one, h->other, SIZE);
     check_bytes ("frozen map", bytes, h->one);
@@ -1767,20 +1771,20 @@ views_are_cut_off (void **state)
     nr_errors = 0;
 
     /* What is in the file cannot be had any more; the base and zeroes can. */
-    assert_int_equal (
-      blk_read_frozen (overlay, held[0]->frozen, &base, buf, SIZE, 0, &err),
-      -1);
-    assert_int_equal (err, ESHUTDOWN);
-    assert_int_equal (blk_read_frozen (overlay, held[1]->frozen, &base, buf, 1,
-                                       SLOT + 100, &err),
+    assert_int_equal (blk_read (frozen_disk (overlay, held[0]->frozen), &base,
+                                ON_READ_PASS, buf, SIZE, 0, &err),
                       -1);
     assert_int_equal (err, ESHUTDOWN);
-    assert_int_equal (blk_read_frozen (overlay, held[0]->frozen, &base, buf,
-                                       BLOCK, 3 * SLOT, &err),
+    assert_int_equal (blk_read (frozen_disk (overlay, held[1]->frozen), &base,
+                                ON_READ_PASS, buf, 1, SLOT + 100, &err),
+                      -1);
+    assert_int_equal (err, ESHUTDOWN);
+    assert_int_equal (blk_read (frozen_disk (overlay, held[0]->frozen), &base,
+                                ON_READ_PASS, buf, BLOCK, 3 * SLOT, &err),
                       0);
     assert_memory_equal (buf, base_bytes + 3 * SLOT, BLOCK);
-    assert_int_equal (blk_read_frozen (overlay, held[1]->frozen, &base, buf,
-                                       4 * BLOCK, 4 * BLOCK, &err),
+    assert_int_equal (blk_read (frozen_disk (overlay, held[1]->frozen), &base,
+                                ON_READ_PASS, buf, 4 * BLOCK, 4 * BLOCK, &err),
                       0);
     assert_memory_equal (buf, model + 4 * BLOCK, 4 * BLOCK);
     assert_int_equal (nr_errors, 0);
@@ -1987,8 +1991,9 @@ writer (void *arg)
     else if (kind < 12)
       r = blk_zero (overlay, &base, ZERO_ANY, count, offset, &my_err);
     else if (kind < 15)
-      r = blk_read (overlay, &base, kind == 12 ? ON_READ_PASS : ON_READ_KEEP,
-                    buf, count, offset, &my_err);
+      r = blk_read (live_disk (overlay), &base,
+                    kind == 12 ? ON_READ_PASS : ON_READ_KEEP, buf, count,
+                    offset, &my_err);
     else
       r = blk_cache (overlay, &base, ON_CACHE_KEEP, count, offset, &my_err);
     request->end = ++stress.clock;
@@ -2019,10 +2024,10 @@ read_again (const struct snapshot *s, uint8_t *buf, uint32_t first,
 {
   int my_err;
 
-  if (blk_read_frozen (overlay, s->frozen, &base, buf, bytes_of (first, count),
-                       (uint64_t) first * SECTOR, &my_err)
+  if (blk_read (frozen_disk (overlay, s->frozen), &base, ON_READ_PASS, buf,
+                bytes_of (first, count), (uint64_t) first * SECTOR, &my_err)
       == -1)
-    die ("blk_read_frozen", my_err);
+    die ("blk_read", my_err);
   for (uint32_t i = 0; i < count; ++i)
     if (decode_sector (buf + (size_t) i * SECTOR, first + i)
         != s->shown[first + i])
@@ -2052,10 +2057,10 @@ freezer (void *arg)
         die ("overlay_freeze", errno);
       s->first = 0;
       s->count = stress.nr_sectors;
-      if (blk_read_frozen (overlay, s->frozen, &base, buf,
-                           (uint32_t) stress.size, 0, &my_err)
+      if (blk_read (frozen_disk (overlay, s->frozen), &base, ON_READ_PASS, buf,
+                    (uint32_t) stress.size, 0, &my_err)
           == -1)
-        die ("blk_read_frozen", my_err);
+        die ("blk_read", my_err);
       decode (s, buf);
       mine[count++] = s;
     }
@@ -2373,8 +2378,9 @@ run_stress (uint64_t size, uint32_t bs, bool detect_zeroes)
   struct snapshot live = { .start = ++stress.clock,
                            .end = ++stress.clock,
                            .count = stress.nr_sectors };
-  assert_int_equal (
-    blk_read (overlay, &base, ON_READ_PASS, buf, (uint32_t) size, 0, &err), 0);
+  assert_int_equal (blk_read (live_disk (overlay), &base, ON_READ_PASS, buf,
+                              (uint32_t) size, 0, &err),
+                    0);
   decode (&live, buf);
 
   make_histories ();

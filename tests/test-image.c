@@ -89,7 +89,7 @@ fill_block (void *buf, uint64_t nr_slot, unsigned block)
     words[i] = (nr_slot << 5 | block) * UINT64_C (0x9e3779b97f4a7c15) + i;
 }
 
-/* What blk.c does: space first, then bytes, then the state. */
+/* What change.c does: space first, then bytes, then the state. */
 static void
 change_slot (uint64_t nr, uint64_t state)
 {

@@ -34,6 +34,7 @@
 #include "faults.h"
 #include "images/load.h"
 #include "nbdkit-stubs.h"
+#include "overlay/private.h"
 
 #define NAME "dir/test.qcow2"
 
@@ -588,9 +589,9 @@ check_disk (struct overlay *overlay, const uint8_t *expected)
 
   assert_non_null (bytes);
   if (size > 0)
-    assert_int_equal (
-      blk_read (overlay, &base, ON_READ_PASS, bytes, (uint32_t) size, 0, &err),
-      0);
+    assert_int_equal (blk_read (live_disk (overlay), &base, ON_READ_PASS,
+                                bytes, (uint32_t) size, 0, &err),
+                      0);
   for (uint64_t i = 0; i < size; ++i)
     if (bytes[i] != expected[i])
       fail_msg ("byte %" PRIu64 ": expected %u, got %u", i, expected[i],
@@ -1070,8 +1071,9 @@ preallocated_image (void **state)
   assert_int_equal (call_has_failed (), 0);
 
   for (uint64_t pos = 0; pos < BIG_DISK; pos += UINT32_C (1) << 31)
-    assert_int_equal (
-      blk_extents (overlay, &base, UINT32_C (1) << 31, pos, 0, x, &err), 0);
+    assert_int_equal (blk_extents (live_disk (overlay), &base,
+                                   UINT32_C (1) << 31, pos, 0, x, &err),
+                      0);
   assert_int_equal (nbdkit_extents_count (x), 1);
   assert_int_equal (nbdkit_get_extent (x, 0).type,
                     NBDKIT_EXTENT_HOLE | NBDKIT_EXTENT_ZERO);
@@ -1148,8 +1150,8 @@ holes_do_not_split_blocks (void **state)
   check_disk (overlay, bytes + 5 * c);
 
   /* Four times 128 KiB of data, and as often zeroes. */
-  assert_int_equal (blk_extents (overlay, &base, (uint32_t) c, 0, 0, x, &err),
-                    0);
+  assert_int_equal (
+    blk_extents (live_disk (overlay), &base, (uint32_t) c, 0, 0, x, &err), 0);
   assert_int_equal (nbdkit_extents_count (x), 8);
   assert_int_equal (nbdkit_get_extent (x, 0).length, 128 * 1024);
   nbdkit_extents_free (x);
