@@ -18,6 +18,7 @@ import tempfile
 import bases
 import freezing
 import handover
+import pages
 import report
 import scale
 import servers
@@ -159,9 +160,9 @@ def arguments():
     parser.add_argument("--from", dest="source", metavar="FILE",
                         help="measure nothing: show the figures of this JSON file, and "
                         "draw them")
-    parser.add_argument("--markdown", action="store_true",
-                        help="with --from: print the table of README.md, and nothing "
-                        "else")
+    parser.add_argument("--markdown", choices=pages.PAGES, metavar="PAGE", nargs="?",
+                        const="results", help="with --from: print bench/RESULTS.md, or "
+                        "with PAGE=readme the\nfigures of README.md, and nothing else")
     parser.add_argument("--disk", metavar="DIR", default="/var/tmp",
                         help="where to save diffs; default /var/tmp")
     parser.add_argument("--filter", help=argparse.SUPPRESS)
@@ -194,7 +195,7 @@ def arguments():
 def main():
     args = arguments()
     if args.markdown:
-        report.markdown(args.result)
+        pages.PAGES[args.markdown](args.result)
         return
     result = args.result if args.source else run(args)
     report.show(result)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What was measured, for people (a table, the bars, charts) and as JSON."""
+"""What was measured, on a terminal (a table, the bars), as JSON and as charts."""
 
 import json
 import os
@@ -259,7 +259,7 @@ def show_bars(result):
 
 
 # ----------------------------------------------------------------------
-# For README.md: its table and its charts
+# The charts
 
 NAMES = {
     "limit": "no overlay",
@@ -270,32 +270,6 @@ NAMES = {
     "qemu-qcow2": "qemu-nbd, qcow2",
     "nbd-server": "nbd-server -c",
 }
-
-IN_README = [
-    "read-4k-base", "read-4k-mixed", "write-4k-fresh", "write-4k-again", "mix-4k",
-    "read-4k-base-d1", "write-4k-fresh-d1", "read-4k-base-c4", "write-4k-fresh-c4",
-    "read-1m", "write-1m-fresh", "read-64k", "write-64k-fresh", "read-4k-base-slow",
-    "write-4k-fresh-slow", "read-64k-xz", "write-4k-fresh-xz", "zero-1g-fresh", "trim-1g-fresh",
-    "zero-1g-written", "extents-empty", "extents-fragmented", "save", "stream", "load",
-    "memory-25", "memory-100", "amplification", "overlays-100-time",
-    "overlays-100-memory", "overlays-1000-memory",
-]
-
-
-def markdown(result):
-    """The table of README.md: medians."""
-    jobs = jobs_of(result)
-    print("| job | %s |" % " | ".join(NAMES.values()))
-    print("| --- |" + " ---: |" * len(KINDS))
-    for name in IN_README:
-        if name not in jobs:
-            continue
-        job = jobs[name]
-        unit = job.job["unit"]
-        print("| %s%s | %s |" % (
-            job.job["title"], ", " + unit if unit else "",
-            " | ".join(job.text(k).replace("-", "–") for k in KINDS)))
-
 
 COLOURS = dict(zip(KINDS, ("#888888", "#1b7837", "#9970ab", "#c2a5cf", "#f4a582",
                            "#d6604d", "#4393c3")))
