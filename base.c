@@ -14,6 +14,7 @@
 #include "base.h"
 #include "common/cleanup.h"
 #include "common/debug.h"
+#include "common/lock.h"
 
 /* Where the base names no maximum: the longest read that a client may send to
  * nbdkit, and so one that every plugin must expect.
@@ -100,6 +101,8 @@ int
 base_read (const struct base *base, void *buf, uint64_t count, uint64_t offset,
            int *err)
 {
+  assert_none_held_from (RANK_RELEASE); /* rule 3 */
+
   CLEANUP_FREE char *bounce = NULL;
   uint64_t start = offset, end = offset + count;
 
@@ -122,6 +125,8 @@ base_read (const struct base *base, void *buf, uint64_t count, uint64_t offset,
 int
 base_cache (const struct base *base, uint64_t count, uint64_t offset, int *err)
 {
+  assert_none_held_from (RANK_RELEASE); /* rule 3 */
+
   uint64_t start = offset, end = offset + count;
 
   if (base->can_cache == NBDKIT_CACHE_NONE)
@@ -164,6 +169,8 @@ base_extents (const struct base *base, uint64_t count, uint64_t offset,
               uint32_t flags, struct nbdkit_extents *extents,
               uint64_t *covered, int *err)
 {
+  assert_none_held_from (RANK_RELEASE); /* rule 3 */
+
   /* A 32 bit length that keeps to every alignment there is. */
   const uint64_t longest = UINT32_C (1) << 31;
   const uint64_t end = offset + MIN (count, longest - base->min_request);

@@ -30,8 +30,8 @@ struct base {
  */
 extern int base_init (struct base *base, nbdkit_next *next);
 
-/* Read COUNT bytes at OFFSET, inside the disk.  Caller holds no lock (rule 3).
- * -1 if it fails, which was reported, and *ERR.
+/* Read COUNT bytes at OFFSET, inside the disk.  Caller holds no lock that an
+ * operation on an overlay takes (rule 3).  -1 if it fails, which was reported, and *ERR.
  */
 extern int base_read (const struct base *base, void *buf, uint64_t count,
                       uint64_t offset, int *err);

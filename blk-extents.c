@@ -11,6 +11,7 @@
 #include "bitmap.h"
 #include "blk.h"
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "overlay/look.h"
 
 /* What the base says of a request's holes. */
@@ -36,6 +37,8 @@ static int
 ask_once (struct below *b, const struct base *base, uint64_t offset,
           uint64_t end, uint32_t flags, int *err)
 {
+  assert_none_held_from (RANK_RELEASE);
+
   uint64_t covered;
 
   cleanup_below (b);
@@ -64,6 +67,8 @@ static int
 ask_below (struct below *b, const struct base *base, uint64_t offset,
            uint64_t run_end, uint64_t end, uint32_t flags, int *err)
 {
+  assert_none_held_from (RANK_RELEASE);
+
   uint64_t far;
 
   if (!b->answer)

@@ -25,7 +25,6 @@
 #include <config.h>
 
 #include <errno.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -34,6 +33,7 @@
 #include "blk.h"
 #include "common/cleanup.h"
 #include "common/debug.h"
+#include "common/lock.h"
 #include "overlay/change.h"
 #include "overlay/look.h"
 #include "overlay/private.h"
@@ -98,6 +98,7 @@ edges_look (struct edges *e, const struct overlay *o, uint32_t count,
 {
   const uint64_t bs = block_size (o);
 
+  assert_held (&o->request_lock);
   e->offset = offset;
   e->end = offset + count;
   e->head = ROUND_DOWN (offset, bs);
@@ -125,6 +126,8 @@ static int
 edges_read (struct edges *e, const struct overlay *o, const struct base *base,
             int *err)
 {
+  assert_none_held_from (RANK_RELEASE);
+
   const uint64_t bs = block_size (o);
   const uint64_t tail_end = MIN (e->tail + bs, o->size);
 
@@ -171,6 +174,8 @@ static char *
 fetch (const struct overlay *o, const struct base *base, uint64_t start,
        uint64_t end, int *err)
 {
+  assert_none_held_from (RANK_RELEASE);
+
   const uint64_t padded = ROUND_UP (end, block_size (o)) - start;
   char *bytes = malloc (padded);
 
@@ -220,6 +225,8 @@ static int
 read_and_keep (struct overlay *o, const struct base *base, void *buf,
                uint64_t offset, uint64_t end, int *err)
 {
+  assert_none_held_from (RANK_RELEASE);
+
   const uint64_t unit = unit_to_keep (o, base);
   const uint64_t start = ROUND_DOWN (offset, unit);
   const uint64_t stop = MIN (ROUND_UP (end, unit), o->size);
@@ -250,6 +257,7 @@ static int
 read_holes (struct disk disk, const struct base *base, enum on_read on_read,
             void *buf, uint64_t offset, uint64_t end, int *err)
 {
+  assert_none_held_from (RANK_RELEASE);
   return on_read == ON_READ_KEEP && !disk.frozen
            ? read_and_keep (disk.overlay, base, buf, offset, end, err)
            : base_read (base, buf, end - offset, offset, err);
@@ -292,6 +300,7 @@ static int
 overwrite (const struct overlay *o, const char *buf, uint64_t offset,
            uint64_t end)
 {
+  assert_held (&o->request_lock);
   while (offset < end) {
     const struct run run = find_run (o, offset, end);
     struct iovec part = { .iov_base = (char *) buf, .iov_len = run.length };
@@ -421,7 +430,7 @@ blk_write (struct overlay *o, const struct base *base, const void *buf,
    * whoever allocates it again writes it whole (rule 5).
    */
   {
-    READ_LOCK_FOR_SCOPE (&o->request_lock);
+    HOLD_SHARED (&o->request_lock);
     if (is_closed (o)) {
       r = ESHUTDOWN;
       done = true;
@@ -522,7 +531,7 @@ blk_zero (struct overlay *o, const struct base *base, enum zero_effort effort,
   int r;
 
   {
-    READ_LOCK_FOR_SCOPE (&o->request_lock);
+    HOLD_SHARED (&o->request_lock);
     edges_look (&edges, o, count, offset);
   }
 
@@ -549,6 +558,8 @@ static int
 prefetch_and_keep (struct overlay *o, const struct base *base, uint64_t start,
                    uint64_t end, int *err)
 {
+  assert_none_held_from (RANK_RELEASE);
+
   const uint64_t unit = unit_to_keep (o, base);
   const uint64_t longest = MAX (ROUND_DOWN (base->max_request, unit), unit);
 
@@ -584,7 +595,7 @@ blk_cache (struct overlay *o, const struct base *base, enum on_cache on_cache,
     int r = 0;
 
     {
-      READ_LOCK_FOR_SCOPE (&o->request_lock);
+      HOLD_SHARED (&o->request_lock);
       run = find_run (o, pos, end);
       if (run.state == BLOCK_ALLOCATED)
         store_prefetch (&o->store, run.file_offset, run.length);

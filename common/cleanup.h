@@ -35,12 +35,6 @@ cleanup_mutex_unlock (pthread_mutex_t **mutex)
   pthread_mutex_unlock (*mutex);
 }
 
-static inline void
-cleanup_rwlock_unlock (pthread_rwlock_t **rwlock)
-{
-  pthread_rwlock_unlock (*rwlock);
-}
-
 /* free() when the scope is left. */
 #define CLEANUP_FREE __attribute__ ((cleanup (cleanup_free)))
 
@@ -52,11 +46,5 @@ cleanup_rwlock_unlock (pthread_rwlock_t **rwlock)
   pthread_mutex_t *COW_CONCAT (locked_, __LINE__)                             \
     = (mutex);                                                                \
   pthread_mutex_lock (COW_CONCAT (locked_, __LINE__))
-
-#define READ_LOCK_FOR_SCOPE(rwlock)                                           \
-  __attribute__ ((cleanup (cleanup_rwlock_unlock)))                           \
-  pthread_rwlock_t *COW_CONCAT (locked_, __LINE__)                            \
-    = (rwlock);                                                               \
-  pthread_rwlock_rdlock (COW_CONCAT (locked_, __LINE__))
 
 #endif /* COW_CLEANUP_H */

@@ -23,7 +23,6 @@
 
 #include <errno.h>
 #include <inttypes.h>
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -31,6 +30,7 @@
 #include "bitmap.h"
 #include "common/cleanup.h"
 #include "common/debug.h"
+#include "common/lock.h"
 #include "overlay/change.h"
 #include "overlay/private.h"
 
@@ -67,7 +67,7 @@ change_at (const struct change *c, uint64_t offset)
 static void
 change_unlock (struct change *c)
 {
-  pthread_rwlock_unlock (&c->o->request_lock);
+  rwlock_unlock (&c->o->request_lock);
   overlay_unlock_stripes (c->o, c->stripes);
 }
 
@@ -134,6 +134,7 @@ change_begin (struct change *c, struct overlay *o, uint64_t offset,
 {
   int err;
 
+  assert_none_held_from (RANK_RELEASE);
   c->o = o;
   c->first = offset >> o->slot_shift;
   c->last = (end - 1) >> o->slot_shift;
@@ -152,7 +153,7 @@ change_begin (struct change *c, struct overlay *o, uint64_t offset,
   }
 
   overlay_lock_stripes (o, c->stripes);
-  pthread_rwlock_rdlock (&o->request_lock);
+  rwlock_lock_shared (&o->request_lock);
   err = is_closed (o) ? ESHUTDOWN : find_slots (c, zero_start, zero_end);
   if (err)
     change_unlock (c);
@@ -441,6 +442,7 @@ change_write_allocated (const struct change *c, const struct iovec *parts,
 static void
 change_commit (struct change *c)
 {
+  assert_held (&c->o->request_lock);
   atomic_store (&c->o->changed, true);
   VERBOSE ("changing %" PRIu64 " slots from offset %" PRIu64,
            c->last - c->first + 1, c->first << c->o->slot_shift);
@@ -453,6 +455,7 @@ change_commit (struct change *c)
       map_zero_leaf (&c->o->map, s->nr);
       continue;
     }
+    assert_slot_held (c->o, s->nr);
     pair.state = bitmap_set_zero (pair.state, s->zero);
     pair.state = bitmap_set_allocated (pair.state, s->allocate);
     if (pair.state != s->found.state || pair.place != s->found.place)
@@ -477,6 +480,7 @@ change_give_back (struct change *c)
     const struct slot_change *s = &c->slots[i];
     const uint32_t blocks = s->allocate & ~bitmap_allocated (s->found.state);
 
+    assert_slot_held (o, s->nr);
     if (has_fresh_place (s))
       store_give_back (&c->o->store, s->place, 1);
     else if (s->place != 0 && !s->shared) /* else nothing was written */
@@ -539,7 +543,7 @@ punch_slots (struct overlay *o, const struct slot_change *slots, size_t count,
   for (size_t i = 0; i < count; ++i)
     stripes |= stripe_of (slots[i].nr);
   overlay_lock_stripes (o, stripes);
-  pthread_rwlock_rdlock (&o->request_lock);
+  rwlock_lock_shared (&o->request_lock);
 
   /* Once the overlay is closed, its file may have been saved, and be somebody
    * else's.
@@ -571,7 +575,7 @@ punch_slots (struct overlay *o, const struct slot_change *slots, size_t count,
   }
   punch_gap (o, &gap);
 
-  pthread_rwlock_unlock (&o->request_lock);
+  rwlock_unlock (&o->request_lock);
   overlay_unlock_stripes (o, stripes);
 }
 
@@ -586,6 +590,8 @@ compare_places (const void *a, const void *b)
 void
 change_punch (struct change *c)
 {
+  assert_none_held_from (RANK_RELEASE);
+
   const struct overlay *o = c->o;
   const size_t slots_at_once = MAX (PUNCH_BYTES >> o->slot_shift, 1);
   const unsigned blocks_at_once

@@ -9,10 +9,10 @@
 #include <config.h>
 
 #include <errno.h>
-#include <pthread.h>
 
 #include "bitmap.h"
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "overlay/look.h"
 #include "overlay/private.h"
 
@@ -62,6 +62,7 @@ find_run_of (const struct overlay *o, const struct map *map, uint64_t offset,
 struct run
 find_run (const struct overlay *o, uint64_t offset, uint64_t end)
 {
+  assert_held (&o->request_lock);
   return find_run_of (o, &o->map, offset, end);
 }
 
@@ -87,6 +88,7 @@ all_allocated (const struct overlay *o, uint64_t offset, uint64_t end)
 bool
 any_shared (const struct overlay *o, uint64_t offset, uint64_t end)
 {
+  assert_held (&o->request_lock);
   if (!o->map.newest)
     return false;
   for (uint64_t nr = offset >> o->slot_shift; nr <= (end - 1) >> o->slot_shift;
@@ -109,13 +111,14 @@ look (struct disk d, uint64_t offset, uint64_t end, struct run *run, void *buf)
   struct overlay *o = d.overlay;
   int r = 0;
 
+  assert_none_held_from (RANK_RELEASE);
   if (d.frozen) {
     *run = find_run_of (o, &d.frozen->map, offset, end);
     if (buf && run->state == BLOCK_ALLOCATED)
       r = overlay_read_frozen (o, buf, run->length, run->file_offset);
   }
   else {
-    READ_LOCK_FOR_SCOPE (&o->request_lock);
+    HOLD_SHARED (&o->request_lock);
     *run = find_run (o, offset, end);
     if (buf && run->state == BLOCK_ALLOCATED)
       r = store_read (&o->store, buf, run->length, run->file_offset);

@@ -39,6 +39,7 @@
 
 #include "bitmap.h"
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "overlay/map.h"
 
 #define LEAF_BITS 8
@@ -59,7 +60,7 @@ struct leaf {
 struct inner {
   struct node node;
   _Atomic (void *) child[1 << INNER_BITS]; /* changes under lock */
-  pthread_mutex_t lock;                    /* guards the setting of child */
+  struct mutex lock;                       /* guards the setting of child */
 };
 
 /* All blocks of a whole leaf are zero, and none has a place. */
@@ -83,10 +84,26 @@ map_init (struct map *map, uint64_t nr_slots)
   map->levels = 0;
   while (nr_slots > UINT64_C (1) << (LEAF_BITS + INNER_BITS * map->levels))
     map->levels++;
-  pthread_mutex_init (&map->lock, NULL);
+  mutex_init (&map->lock, RANK_NODE);
   atomic_init (&map->root, NULL);
   map->generation = 1;
   map->newest = NULL;
+  map->guard = NULL;
+}
+
+/* What is asked of all who look at a live map. */
+static void
+assert_guarded (const struct map *map)
+{
+  if (map->guard)
+    assert_held (map->guard);
+}
+
+static void
+assert_guarded_exclusively (const struct map *map)
+{
+  if (map->guard)
+    assert_held_exclusively (map->guard);
 }
 
 static void
@@ -95,7 +112,7 @@ free_node (void *node, unsigned level)
   if (node == &zero_leaf)
     return;
   if (node && level > 0)
-    pthread_mutex_destroy (&((struct inner *) node)->lock);
+    mutex_destroy (&((struct inner *) node)->lock);
   free (node);
 }
 
@@ -115,7 +132,7 @@ void
 map_destroy (struct map *map)
 {
   free_tree (atomic_load (&map->root), map->levels);
-  pthread_mutex_destroy (&map->lock);
+  mutex_destroy (&map->lock);
 }
 
 /* Which child of an inner node at LEVEL leads to slot NR. */
@@ -134,6 +151,8 @@ slot_in_leaf (struct leaf *leaf, uint64_t nr)
 const struct slot *
 map_find (const struct map *map, uint64_t nr)
 {
+  assert_guarded (map);
+
   void *node = atomic_load_explicit (&map->root, memory_order_acquire);
 
   for (unsigned level = map->levels; node && level > 0; --level) {
@@ -148,6 +167,8 @@ map_find (const struct map *map, uint64_t nr)
 uint64_t
 map_next (const struct map *map, uint64_t nr)
 {
+  assert_guarded (map);
+
   while (nr < map->nr_slots) {
     void *node = atomic_load_explicit (&map->root, memory_order_acquire);
     unsigned level = map->levels;
@@ -188,7 +209,7 @@ new_node (const struct map *map, unsigned level, const void *old)
     memcpy (node, old, size);
   node->generation = map->generation;
   if (level > 0)
-    pthread_mutex_init (&((struct inner *) node)->lock, NULL);
+    mutex_init (&((struct inner *) node)->lock, RANK_NODE);
   return node;
 }
 
@@ -204,15 +225,15 @@ is_to_be_made (const struct map *map, const struct node *node)
  * LOCK is the one that guards LINK.  NULL and ENOMEM if there is no memory.
  */
 static void *
-touch_node (const struct map *map, _Atomic (void *) *link,
-            pthread_mutex_t *lock, unsigned level)
+touch_node (const struct map *map, _Atomic (void *) *link, struct mutex *lock,
+            unsigned level)
 {
   void *node = atomic_load_explicit (link, memory_order_acquire);
 
   if (!is_to_be_made (map, node))
     return node;
 
-  LOCK_FOR_SCOPE (lock);
+  HOLD (lock);
   node = atomic_load_explicit (link, memory_order_relaxed);
   if (is_to_be_made (map, node)) {
     node = new_node (map, level, node);
@@ -225,7 +246,7 @@ touch_node (const struct map *map, _Atomic (void *) *link,
 /* Where a node is pointed to. */
 struct link {
   _Atomic (void *) *pointer; /* NULL: there was no memory */
-  pthread_mutex_t *lock;     /* guards the setting of it */
+  struct mutex *lock;        /* guards the setting of it */
 };
 
 /* The link to the leaf of slot NR, with all nodes above made or copied as touch_node
@@ -234,6 +255,8 @@ struct link {
 static struct link
 touch_link (struct map *map, uint64_t nr)
 {
+  assert_guarded (map);
+
   struct link link = { .pointer = &map->root, .lock = &map->lock };
 
   for (unsigned level = map->levels; level > 0; --level) {
@@ -270,7 +293,7 @@ map_zero_leaf (struct map *map, uint64_t nr)
 {
   const struct link link = touch_link (map, nr); /* what is ready is there */
 
-  LOCK_FOR_SCOPE (link.lock);
+  HOLD (link.lock);
   atomic_store_explicit (link.pointer, (void *) &zero_leaf,
                          memory_order_release);
 }
@@ -329,6 +352,8 @@ slot_store (struct slot *slot, struct slot_pair pair)
 void
 map_freeze (struct map *map, struct frozen_map *frozen)
 {
+  assert_guarded_exclusively (map);
+
   map_init (&frozen->map, map->nr_slots);
   atomic_init (&frozen->map.root, atomic_load (&map->root));
   frozen->generation = map->generation++;
@@ -339,6 +364,8 @@ map_freeze (struct map *map, struct frozen_map *frozen)
 bool
 map_is_shared (const struct map *map, uint64_t nr, uint64_t place)
 {
+  assert_guarded (map);
+
   const struct slot *slot
     = map->newest && place ? map_find (&map->newest->map, nr) : NULL;
 
@@ -348,6 +375,8 @@ map_is_shared (const struct map *map, uint64_t nr, uint64_t place)
 uint32_t
 map_frozen_blocks (const struct map *map, uint64_t nr, uint64_t place)
 {
+  assert_guarded (map);
+
   uint32_t blocks = 0;
 
   /* Those that have the place follow one another: a slot that has left a place does
@@ -368,6 +397,8 @@ map_frozen_blocks (const struct map *map, uint64_t nr, uint64_t place)
 const struct map *
 map_next_newer (const struct map *map, const struct frozen_map *frozen)
 {
+  assert_guarded (map);
+
   const struct map *next = map;
 
   for (const struct frozen_map *f = map->newest;
@@ -379,6 +410,8 @@ map_next_newer (const struct map *map, const struct frozen_map *frozen)
 void
 map_unlink (struct map *map, struct frozen_map *frozen)
 {
+  assert_guarded_exclusively (map);
+
   const struct map *newer = map_next_newer (map, frozen);
   struct frozen_map **link = &map->newest;
 
@@ -453,9 +486,10 @@ release_tree (struct trio t, unsigned level, uint64_t first,
 void
 map_release (struct frozen_map *frozen, const struct map_release *release)
 {
+  assert_none_held_from (RANK_SLOT);
   release_tree ((struct trio) { .mine = atomic_load (&frozen->map.root),
                                 .older = frozen->older_root,
                                 .newer = frozen->newer_root },
                 frozen->map.levels, 0, release);
-  pthread_mutex_destroy (&frozen->map.lock);
+  mutex_destroy (&frozen->map.lock);
 }

@@ -15,10 +15,11 @@
 #ifndef COW_MAP_H
 #define COW_MAP_H
 
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+
+#include "common/lock.h"
 
 /* One slot of the disk: SLOT_BLOCKS blocks. */
 struct slot {
@@ -41,12 +42,15 @@ struct frozen_map;
 struct map {
   uint64_t nr_slots;     /* constant */
   unsigned levels;       /* of inner nodes above the leaves; constant */
-  pthread_mutex_t lock;  /* guards the setting of root */
+  struct mutex lock;     /* guards the setting of root */
   _Atomic (void *) root; /* a leaf if levels is 0, else an inner node;
                            * NULL until the first touch */
   uint64_t generation;   /* of nodes that are made now.  This and the next one
                            * change under the exclusive request lock only */
   struct frozen_map *newest; /* frozen map that is held, or NULL */
+  const struct rwlock
+    *guard; /* the request lock; NULL: of a frozen map, or nobody
+                               * else has it.  Constant */
 };
 
 /* A map as it was at one moment.  Its nodes do not change, so whoever holds it (from

@@ -27,6 +27,7 @@
 
 #include "bitmap.h"
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "overlay/private.h"
 
 /* Make the store, and if there is going to be an image, lay its file out for
@@ -58,21 +59,6 @@ init_store (struct overlay *o, const struct overlay_options *options)
   return 0;
 }
 
-/* A lock that lets the one who wants it for itself in before others: the default
- * kind lets a stream of readers starve it.
- */
-static void
-init_rwlock (pthread_rwlock_t *lock)
-{
-  pthread_rwlockattr_t attr;
-
-  pthread_rwlockattr_init (&attr);
-  pthread_rwlockattr_setkind_np (&attr,
-                                 PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-  pthread_rwlock_init (lock, &attr);
-  pthread_rwlockattr_destroy (&attr);
-}
-
 struct overlay *
 overlay_new (uint64_t size, const struct overlay_options *options)
 {
@@ -96,11 +82,13 @@ overlay_new (uint64_t size, const struct overlay_options *options)
   }
   map_init (&o->map, (size >> o->slot_shift) + (size % slot_size (o) > 0));
 
-  init_rwlock (&o->request_lock);
-  init_rwlock (&o->view_lock);
-  pthread_mutex_init (&o->release_lock, NULL);
+  o->map.guard = &o->request_lock;
+
+  rwlock_init (&o->request_lock, RANK_REQUEST);
+  rwlock_init (&o->view_lock, RANK_VIEW);
+  mutex_init (&o->release_lock, RANK_RELEASE);
   for (unsigned i = 0; i < NR_STRIPES; ++i)
-    pthread_mutex_init (&o->slot_locks[i], NULL);
+    mutex_init (&o->slot_locks[i], RANK_SLOT);
   return o;
 }
 
@@ -109,15 +97,16 @@ overlay_free (struct overlay *o)
 {
   if (!o)
     return;
-  if (is_closed (o)) {
+  o->map.guard = NULL; /* nobody else has it any more */
+  if (atomic_load (&o->life) != OVERLAY_OPEN) {
     map_unlink (&o->map, &o->last);
     map_release (&o->last, NULL);
   }
   for (unsigned i = 0; i < NR_STRIPES; ++i)
-    pthread_mutex_destroy (&o->slot_locks[i]);
-  pthread_mutex_destroy (&o->release_lock);
-  pthread_rwlock_destroy (&o->view_lock);
-  pthread_rwlock_destroy (&o->request_lock);
+    mutex_destroy (&o->slot_locks[i]);
+  mutex_destroy (&o->release_lock);
+  rwlock_destroy (&o->view_lock);
+  rwlock_destroy (&o->request_lock);
   map_destroy (&o->map);
   store_destroy (&o->store);
   if (has_tables (o))
@@ -159,14 +148,14 @@ void
 overlay_lock_stripes (struct overlay *o, uint64_t stripes)
 {
   for (; stripes; stripes &= stripes - 1)
-    pthread_mutex_lock (&o->slot_locks[__builtin_ctzll (stripes)]);
+    mutex_lock (&o->slot_locks[__builtin_ctzll (stripes)]);
 }
 
 void
 overlay_unlock_stripes (struct overlay *o, uint64_t stripes)
 {
   for (; stripes; stripes &= stripes - 1)
-    pthread_mutex_unlock (&o->slot_locks[__builtin_ctzll (stripes)]);
+    mutex_unlock (&o->slot_locks[__builtin_ctzll (stripes)]);
 }
 
 void
@@ -191,41 +180,45 @@ overlay_punch_blocks (const struct overlay *o, uint64_t place, uint32_t blocks)
 struct frozen_map *
 overlay_freeze (struct overlay *o)
 {
+  assert_none_held_from (RANK_RELEASE);
+
   struct frozen_map *frozen = malloc (sizeof *frozen);
 
   if (!frozen)
     return NULL;
-  pthread_rwlock_wrlock (&o->request_lock);
-  const bool closed = is_closed (o);
-  if (!closed)
-    map_freeze (&o->map, frozen);
-  pthread_rwlock_unlock (&o->request_lock);
-  if (closed) {
-    free (frozen);
-    errno = ESHUTDOWN;
-    return NULL;
+  {
+    HOLD_EXCLUSIVE (&o->request_lock);
+    if (!is_closed (o)) {
+      map_freeze (&o->map, frozen);
+      return frozen;
+    }
   }
-  return frozen;
+  free (frozen);
+  errno = ESHUTDOWN;
+  return NULL;
 }
 
 void
 overlay_close (struct overlay *o)
 {
+  assert_none_held_from (RANK_RELEASE);
+
   /* Rule 7: whoever changes something does so in one hold of the request lock, and
    * so has done all of it by now, or will find this.
    */
-  pthread_rwlock_wrlock (&o->request_lock);
+  HOLD_EXCLUSIVE (&o->request_lock);
+
   if (!is_closed (o)) {
     map_freeze (&o->map, &o->last);
     atomic_store (&o->life, OVERLAY_CLOSED);
   }
-  pthread_rwlock_unlock (&o->request_lock);
 }
 
 bool
 overlay_is_closed (struct overlay *o)
 {
-  READ_LOCK_FOR_SCOPE (&o->request_lock);
+  assert_none_held_from (RANK_RELEASE);
+  HOLD_SHARED (&o->request_lock);
 
   return is_closed (o);
 }
@@ -234,6 +227,7 @@ overlay_is_closed (struct overlay *o)
 static bool
 views_are_cut (const struct overlay *o)
 {
+  assert_either_held (&o->view_lock, &o->release_lock);
   return atomic_load (&o->life) == OVERLAY_CUT;
 }
 
@@ -241,7 +235,8 @@ int
 overlay_read_frozen (struct overlay *o, void *buf, uint64_t count,
                      uint64_t offset)
 {
-  READ_LOCK_FOR_SCOPE (&o->view_lock);
+  assert_none_held_from (RANK_RELEASE);
+  HOLD_SHARED (&o->view_lock);
 
   if (views_are_cut (o)) {
     errno = ESHUTDOWN;
@@ -327,15 +322,16 @@ blocks_are_free (void *opaque, uint64_t nr, uint64_t place, uint32_t blocks)
   struct giving *g = opaque;
   struct overlay *o = g->o;
 
+  assert_held (&o->release_lock); /* or the frozen maps might not be there */
   overlay_lock_stripes (o, stripe_of (nr));
-  pthread_rwlock_rdlock (&o->request_lock);
+  rwlock_lock_shared (&o->request_lock);
 
   const struct slot_pair pair
     = slot_load (map_find (map_next_newer (&o->map, g->frozen), nr));
   if (pair.place == place)
     overlay_punch_blocks (o, place, blocks & ~bitmap_allocated (pair.state));
 
-  pthread_rwlock_unlock (&o->request_lock);
+  rwlock_unlock (&o->request_lock);
   overlay_unlock_stripes (o, stripe_of (nr));
   pause_after (g, (uint64_t) __builtin_popcount (blocks) << o->block_shift);
 }
@@ -343,6 +339,8 @@ blocks_are_free (void *opaque, uint64_t nr, uint64_t place, uint32_t blocks)
 void
 overlay_release (struct overlay *o, struct frozen_map *frozen)
 {
+  assert_none_held_from (RANK_RELEASE);
+
   struct giving giving;
   const struct map_release release = {
     .place_is_free = place_is_free,
@@ -350,11 +348,12 @@ overlay_release (struct overlay *o, struct frozen_map *frozen)
     .opaque = &giving,
   };
 
-  LOCK_FOR_SCOPE (&o->release_lock);
+  HOLD (&o->release_lock);
 
-  pthread_rwlock_wrlock (&o->request_lock);
-  map_unlink (&o->map, frozen);
-  pthread_rwlock_unlock (&o->request_lock);
+  {
+    HOLD_EXCLUSIVE (&o->request_lock);
+    map_unlink (&o->map, frozen);
+  }
 
   /* Once views are cut off, the file may have been saved, and be somebody else's. */
   if (views_are_cut (o))
@@ -393,12 +392,15 @@ punch_only_in (const struct overlay *o, const struct frozen_map *frozen)
 void
 overlay_cut_views (struct overlay *o)
 {
-  /* A release that has begun is waited for; later ones leave the file alone. */
-  LOCK_FOR_SCOPE (&o->release_lock);
+  assert_none_held_from (RANK_RELEASE);
 
-  pthread_rwlock_wrlock (&o->view_lock);
-  atomic_store (&o->life, OVERLAY_CUT);
-  pthread_rwlock_unlock (&o->view_lock);
+  /* A release that has begun is waited for; later ones leave the file alone. */
+  HOLD (&o->release_lock);
+
+  {
+    HOLD_EXCLUSIVE (&o->view_lock);
+    atomic_store (&o->life, OVERLAY_CUT);
+  }
 
   /* Under the release lock the list does not lose any, and closed, it gains none. */
   if (o->fate == OVERLAY_SAVED_IN_PLACE)

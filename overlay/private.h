@@ -7,11 +7,11 @@
 #ifndef COW_OVERLAY_PRIVATE_H
 #define COW_OVERLAY_PRIVATE_H
 
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "common/lock.h"
 #include "overlay/map.h"
 #include "overlay/overlay.h"
 #include "overlay/store.h"
@@ -53,13 +53,12 @@ struct overlay {
     changed;      /* was it ever?  Set before the first change of a slot */
   struct map map; /* looked at under the request lock; slots are
                            * changed under their slot lock too */
-  struct frozen_map last;       /* if closed: as it is to be saved */
-  struct store store;           /* has its own lock */
-  pthread_mutex_t release_lock; /* held while a frozen map is released */
-  pthread_mutex_t slot_locks[NR_STRIPES];
-  pthread_rwlock_t request_lock;
-  pthread_rwlock_t
-    view_lock; /* held shared by views while they read the file */
+  struct frozen_map last;    /* if closed: as it is to be saved */
+  struct store store;        /* has its own lock */
+  struct mutex release_lock; /* held while a frozen map is released */
+  struct mutex slot_locks[NR_STRIPES];
+  struct rwlock request_lock;
+  struct rwlock view_lock; /* held shared by views while they read the file */
 };
 
 static inline uint64_t
@@ -94,6 +93,7 @@ has_tables (const struct overlay *o)
 static inline bool
 is_closed (const struct overlay *o)
 {
+  assert_held (&o->request_lock);
   return atomic_load (&o->life) != OVERLAY_OPEN;
 }
 
@@ -107,6 +107,13 @@ extern void overlay_punch_blocks (const struct overlay *overlay,
 /* Take the slot locks that have a bit in STRIPES, in ascending order. */
 extern void overlay_lock_stripes (struct overlay *overlay, uint64_t stripes);
 extern void overlay_unlock_stripes (struct overlay *overlay, uint64_t stripes);
+
+/* Caller holds the slot lock of slot NR. */
+static inline void
+assert_slot_held (const struct overlay *o, uint64_t nr)
+{
+  assert_held (&o->slot_locks[nr % NR_STRIPES]);
+}
 
 /* The bit of the slot lock of slot NR. */
 static inline uint64_t

@@ -14,13 +14,13 @@
 
 #include <errno.h>
 #include <inttypes.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "common/cleanup.h"
 #include "common/debug.h"
+#include "common/lock.h"
 #include "images/image.h"
 #include "server/views.h"
 
@@ -43,7 +43,7 @@ struct view {
   const struct view_options *options;
   struct overlay *overlay;   /* NULL: of the base */
   struct frozen_map *frozen; /* likewise */
-  pthread_mutex_t lock;      /* held while the image is planned */
+  struct mutex lock;         /* held while the image is planned */
   struct image *image; /* NULL: not planned yet; then constant, as is... */
   struct image_data of_base;
 };
@@ -136,7 +136,7 @@ view_new (enum view_kind kind, struct overlay *overlay,
       return NULL;
     }
   }
-  pthread_mutex_init (&v->lock, NULL);
+  mutex_init (&v->lock, RANK_PLAN);
   return v;
 }
 
@@ -149,7 +149,7 @@ view_free (struct view *v)
   free (v->of_base.runs);
   if (v->overlay)
     overlay_release (v->overlay, v->frozen);
-  pthread_mutex_destroy (&v->lock);
+  mutex_destroy (&v->lock);
   free (v);
 }
 
@@ -221,6 +221,7 @@ plan (struct view *v, const struct base *base)
   struct image_source source = { .map = &v->frozen->map };
   CLEANUP_FREE char *made_up = NULL;
 
+  assert_held (&v->lock);
   if (qcow2_geometry_init (&source.geometry, base->size, o->block_size,
                            o->format)
       == -1) {
@@ -245,7 +246,7 @@ view_size (struct view *v, const struct base *base)
   if (v->kind == VIEW_BASE || v->kind == VIEW_SNAPSHOT)
     return (int64_t) base->size;
 
-  LOCK_FOR_SCOPE (&v->lock);
+  HOLD (&v->lock);
 
   if (!v->image && plan (v, base) == -1) {
     if (errno == EFBIG)

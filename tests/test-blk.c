@@ -993,6 +993,8 @@ check_large (bool all)
 static const struct slot *
 leaf_at (uint64_t offset)
 {
+  HOLD_SHARED (&overlay->request_lock);
+
   return map_find (&overlay->map, ROUND_DOWN (offset / SLOT, LEAF_SLOTS));
 }
 

@@ -131,6 +131,16 @@ start_over (void)
 #define WITH_OVERLAY(test)                                                    \
   cmocka_unit_test_setup_teardown (test, set_up, tear_down)
 
+/* What the live map has of slot NR. */
+static struct slot_pair
+live_slot (uint64_t nr)
+{
+  HOLD_SHARED (&overlay->request_lock);
+  const struct slot *slot = map_find (&overlay->map, nr);
+
+  return slot ? slot_load (slot) : (struct slot_pair) { .place = 0 };
+}
+
 /*----------------------------------------------------------------------
  * Operations, as data
  */
@@ -402,7 +412,10 @@ check_space (unsigned lax)
   assert_true (blocks && owner);
   if (store->file.fd < 0)
     return;
-  add_blocks (&overlay->map, blocks, owner);
+  {
+    HOLD_SHARED (&overlay->request_lock);
+    add_blocks (&overlay->map, blocks, owner);
+  }
   for (const struct frozen_map *f = overlay->map.newest; f; f = f->older)
     add_blocks (&f->map, blocks, owner);
 
@@ -496,8 +509,8 @@ start_action (void *arg)
   unsigned patience = 30;
 
   (void) arg;
-  if (pthread_rwlock_trywrlock (&overlay->request_lock) == 0)
-    pthread_rwlock_unlock (&overlay->request_lock);
+  if (pthread_rwlock_trywrlock (&overlay->request_lock.pthread) == 0)
+    pthread_rwlock_unlock (&overlay->request_lock.pthread);
   else {
     action.lock_was_held = true;
     if (action.excludes)
@@ -908,8 +921,8 @@ released_while_a_write_is_half_done (void **state)
 }
 
 /* A place that is given back is punched before anybody else can take it. */
-static void
-write_elsewhere (void)
+static void *
+write_slot (void *arg)
 {
   static uint8_t buf[SLOT];
   int my_err = 0;
@@ -917,6 +930,18 @@ write_elsewhere (void)
   memset (buf, 'i', sizeof buf);
   if (blk_write (overlay, &base, buf, SLOT, 3 * SLOT, &my_err) == -1)
     die ("write in front of a punch", my_err);
+  return arg;
+}
+
+/* In a thread of its own, as who punches holds the release lock. */
+static void
+write_elsewhere (void)
+{
+  pthread_t thread;
+
+  if (pthread_create (&thread, NULL, write_slot, NULL) != 0)
+    die ("pthread_create", 0);
+  pthread_join (thread, NULL);
 }
 
 static void
@@ -1275,7 +1300,7 @@ static void
 read_slots (struct slot_pair slots[5])
 {
   for (unsigned i = 0; i < 5; ++i)
-    slots[i] = slot_load (map_find (&overlay->map, i));
+    slots[i] = live_slot (i);
 }
 
 /* Every call that an operation on shared slots makes fails in turn; then the
@@ -1609,7 +1634,7 @@ closed_to_changes (void **state)
   struct slot_pair before[2], after[2];
 
   for (unsigned i = 0; i < 2; ++i)
-    before[i] = slot_load (map_find (&overlay->map, i));
+    before[i] = live_slot (i);
   nr_errors = 0;
   for (unsigned i = 0; i < sizeof ops / sizeof ops[0]; ++i) {
     err = 0;
@@ -1623,7 +1648,7 @@ closed_to_changes (void **state)
   do_op ((struct op) { READ_AND_KEEP, SIZE, 0, 0 }, model);
   assert_int_equal (nr_errors, 0);
   for (unsigned i = 0; i < 2; ++i) {
-    after[i] = slot_load (map_find (&overlay->map, i));
+    after[i] = live_slot (i);
     assert_true (after[i].place == before[i].place);
     assert_true (after[i].state == before[i].state);
     const struct slot_pair last
@@ -1695,8 +1720,7 @@ closed_in_the_middle_of_a_request (void **state)
 
         /* What is to be saved is what the disk is. */
         for (unsigned nr = 0; nr < 2; ++nr) {
-          const struct slot_pair live
-            = slot_load (map_find (&overlay->map, nr));
+          const struct slot_pair live = live_slot (nr);
           const struct slot_pair last
             = slot_load (map_find (overlay_map (overlay), nr));
 
@@ -1757,8 +1781,7 @@ views_are_cut_off (void **state)
     do_op ((struct op) { ZERO, 4 * BLOCK, 10 * BLOCK, 0 }, model);
     do_op ((struct op) { WRITE, BLOCK, SLOT + 5 * BLOCK, 'd' }, model);
     check_held ();
-    const uint64_t shared_place
-      = slot_load (map_find (&overlay->map, 0)).place;
+    const uint64_t shared_place = live_slot (0).place;
     const uint64_t old_place
       = slot_load (map_find (&held[0]->frozen->map, 1)).place;
     const uint64_t end = overlay->store.next_place;
@@ -2411,9 +2434,7 @@ run_stress (uint64_t size, uint32_t bs, bool detect_zeroes)
   /* No block that is zero has bytes once it was zeroed with nobody else around. */
   assert_null (overlay->map.newest);
   for (uint64_t nr = 0; nr < overlay->map.nr_slots; ++nr) {
-    const struct slot *slot = map_find (&overlay->map, nr);
-    const struct slot_pair pair
-      = slot ? slot_load (slot) : (struct slot_pair) { .place = 0 };
+    const struct slot_pair pair = live_slot (nr);
 
     for (unsigned i = 0; i < SLOT_BLOCKS; ++i)
       if (bitmap_state (pair.state, i) == BLOCK_ZERO && pair.place) {
