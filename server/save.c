@@ -30,6 +30,7 @@
 
 #include "common/cleanup.h"
 #include "common/debug.h"
+#include "images/finish.h"
 #include "images/image.h"
 #include "server/names.h"
 #include "overlay/newfile.h"

@@ -24,6 +24,7 @@
 
 #include "common/cleanup.h"
 #include "faults.h"
+#include "images/finish.h"
 #include "images/image.h"
 
 #define MIB (UINT64_C (1) << 20)

@@ -22,8 +22,8 @@
 
 #include <cmocka.h>
 
-/* As such a build has it. */
-#include "common/lock.c"
+/* Compiled here, as such a build has it. */
+#include "common/lock.c" /* NOLINT(bugprone-suspicious-include) */
 
 static struct mutex release, slots[2], store, set;
 static struct rwlock request;
