@@ -9,7 +9,8 @@
  * believed because it was checked: it is decoded again, and no more is done than
  * the check has met.
  *
- * Knows the format through qcow2.h, and the overlay through blk.h only.
+ * Knows the format through qcow2.h, the overlay through blk.h, and of its file only
+ * in which directory it is.
  */
 
 #include <config.h>
@@ -29,6 +30,7 @@
 #include "images/check.h"
 #include "images/load.h"
 #include "images/walk.h"
+#include "overlay/store.h"
 
 /* The longest runs that are brought into the overlay at once, of data and of
  * zeroes.  They end at multiples of this on the disk, so that they end between
@@ -81,7 +83,7 @@ look_at_file (const struct loaded *image, uint64_t *size,
   if (fstat (image->fd, &st) == -1)
     return walk_cannot_read (image);
   if (!S_ISREG (st.st_mode) && !S_ISBLK (st.st_mode)) {
-    nbdkit_error ("cow-load=%s: is neither a file nor a block device",
+    nbdkit_error ("cow-load=%s: neither a file nor a block device",
                   image->name);
     return -1;
   }
