@@ -318,7 +318,7 @@ cow_config_complete (nbdkit_next_config_complete *next, nbdkit_backend *nxdata)
   "cow-block-size=<N>             Size of a block (default 4K).\n"            \
   "cow-detect-zeroes=<BOOL>       Take no space for zeroes that are "         \
   "written.\n"                                                                \
-  "cow-load=<FILE>|<DIR>/         Start from a diff; repeat for more.\n"      \
+  "cow-load=<FILE>|<DIR>/|-       Start from a diff; repeat for more.\n"      \
   "cow-on-cache=<BOOL>            Copy prefetched data to the overlay.\n"     \
   "cow-on-read=<BOOL>|/PATH       Copy data that is read to the overlay.\n"   \
   "cow-save=<FILE>|<DIR>/|-       At exit, save the changes as qcow2.\n"      \

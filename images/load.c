@@ -9,7 +9,8 @@
  * believed because it was checked: it is decoded again, and no more is done than
  * the check has met.
  *
- * Knows the format through qcow2.h, and the overlay through blk.h only.
+ * Knows the format through qcow2.h, the overlay through blk.h, and of its file only
+ * in which directory it is.
  */
 
 #include <config.h>
@@ -29,6 +30,7 @@
 #include "images/check.h"
 #include "images/load.h"
 #include "images/walk.h"
+#include "overlay/store.h"
 
 /* The longest runs that are brought into the overlay at once, of data and of
  * zeroes.  They end at multiples of this on the disk, so that they end between
@@ -68,19 +70,28 @@ open_header (struct loaded *image)
   return 0;
 }
 
+/* The size of the file, and when it was changed.  A block device may go on behind
+ * the end of the image.
+ */
 static int
-open_file (struct loaded *image)
+look_at_file (const struct loaded *image, uint64_t *size,
+              struct timespec *modified)
 {
   struct stat st;
+  off_t end;
 
   if (fstat (image->fd, &st) == -1)
     return walk_cannot_read (image);
-  if (!S_ISREG (st.st_mode)) {
-    nbdkit_error ("cow-load=%s: not a regular file", image->name);
+  if (!S_ISREG (st.st_mode) && !S_ISBLK (st.st_mode)) {
+    nbdkit_error ("cow-load=%s: neither a file nor a block device",
+                  image->name);
     return -1;
   }
-  image->file_size = (uint64_t) st.st_size;
-  image->modified = st.st_mtim;
+  end = S_ISBLK (st.st_mode) ? lseek (image->fd, 0, SEEK_END) : st.st_size;
+  if (end == -1)
+    return walk_cannot_read (image);
+  *size = (uint64_t) end;
+  *modified = st.st_mtim;
   return 0;
 }
 
@@ -109,8 +120,8 @@ load_open (const char *name, int fd)
   image->fd = fd;
   memcpy (image->name, name, name_size);
 
-  if (open_file (image) == -1 || open_header (image) == -1
-      || check_image (image) == -1) {
+  if (look_at_file (image, &image->file_size, &image->modified) == -1
+      || open_header (image) == -1 || check_image (image) == -1) {
     load_close (image);
     return NULL;
   }
@@ -175,13 +186,13 @@ struct transfer {
 static int
 refuse_if_changed (const struct loaded *image)
 {
-  struct stat st;
+  struct timespec modified;
+  uint64_t size;
 
-  if (fstat (image->fd, &st) == -1)
-    return walk_cannot_read (image);
-  if ((uint64_t) st.st_size == image->file_size
-      && st.st_mtim.tv_sec == image->modified.tv_sec
-      && st.st_mtim.tv_nsec == image->modified.tv_nsec)
+  if (look_at_file (image, &size, &modified) == -1)
+    return -1;
+  if (size == image->file_size && modified.tv_sec == image->modified.tv_sec
+      && modified.tv_nsec == image->modified.tv_nsec)
     return 0;
   nbdkit_error (
     "cow-load=%s: the file has changed since it was checked; start "
@@ -203,10 +214,18 @@ cleanup_transfer (struct transfer *t)
 static int
 not_brought_in (const struct transfer *t, int err, uint64_t disk_offset)
 {
-  if (err != ESHUTDOWN)
+  const struct loaded *image = t->walk.image;
+
+  if (err == ENOSPC || err == EDQUOT || err == EFBIG)
+    nbdkit_error ("cow-load=%s: could not be loaded: its data, up to %" PRIu64
+                  " bytes, has to go to %s: %s; make room there, and connect "
+                  "again",
+                  image->name, image->checked.data_bytes,
+                  overlay_store (t->overlay)->dir, strerror (err));
+  else if (err != ESHUTDOWN)
     nbdkit_error ("cow-load=%s: could not be loaded: offset %" PRIu64
                   " of the disk cannot be changed",
-                  t->walk.image->name, disk_offset);
+                  image->name, disk_offset);
   return -1;
 }
 

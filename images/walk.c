@@ -169,6 +169,8 @@ walk_l2_entry (struct walk *w, const void *piece, unsigned index,
     return 0;
 
   w->so_far.changed_bytes += met.reach;
+  if (met.cluster.kind != QCOW2_ZERO)
+    w->so_far.data_bytes += met.reach;
   if (refuse_if_more (w, met.entry) == -1)
     return -1;
   return w->visit_cluster (w, &met);

@@ -27,6 +27,7 @@ struct expander;
 struct amounts {
   uint64_t l2_tables;
   uint64_t changed_bytes; /* of the disk */
+  uint64_t data_bytes;    /* of these, what may be other than zero */
 };
 
 /* An image that was opened.  Constant from when it was checked. */

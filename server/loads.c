@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -23,14 +24,25 @@
 
 #include "common/cleanup.h"
 #include "images/load.h"
+#include "server/descriptors.h"
 #include "server/loads.h"
+#include "server/locks.h"
 #include "server/names.h"
+#include "server/spool.h"
+
+/* An image, and the lock on its file. */
+struct opened {
+  struct loaded *image; /* NULL: not OPENED */
+  struct file_lock *lock;
+};
 
 struct load_source {
   const char *name; /* as the user gave it */
-  char *path;
+  int descriptor;   /* that it stands for, or -1 */
+  char *path;       /* else */
   bool is_directory;
-  struct loaded *image; /* of a file; NULL: it is not there yet */
+  bool is_fifo;
+  struct opened file; /* of a file; no image: it is not there yet */
 };
 
 struct loads {
@@ -45,23 +57,170 @@ report (const char *name, const char *what)
   return -1;
 }
 
-/* Open and check the image PATH, which messages call NAME.  It may be anything, and
- * opening it must not block.  NULL if that failed; *MISSING tells that there is
- * none, which was not reported.
+static int
+refuse (const char *name, const char *what)
+{
+  nbdkit_error ("cow-load=%s: %s", name, what);
+  return -1;
+}
+
+static int
+refuse_kind (const char *name, mode_t mode)
+{
+  const char *kind = S_ISDIR (mode)    ? "a directory"
+                     : S_ISCHR (mode)  ? "a character device"
+                     : S_ISSOCK (mode) ? "a socket"
+                                       : "a FIFO";
+
+  nbdkit_error (
+    "cow-load=%s: is %s; name a qcow2 image, in a file or on a block "
+    "device",
+    name, kind);
+  return -1;
+}
+
+/*----------------------------------------------------------------------
+ * Opening an image
  */
-static struct loaded *
-open_image (const char *name, const char *path, bool *missing)
+
+/* What became of that. */
+enum outcome {
+  OPENED,
+  MISSING, /* there is none; this and the next one were not reported */
+  IN_USE,  /* somebody else may write it */
+  FAILED,
+};
+
+static int
+refuse_in_use (const char *name)
+{
+  return refuse (name, "is in use by another program that may write it, "
+                       "perhaps a second server, qemu or qemu-nbd; end that "
+                       "one first, or load a copy");
+}
+
+static void
+close_image (struct opened *o)
+{
+  load_close (o->image);
+  locks_give_back (o->lock, IMAGE_READ);
+  *o = (struct opened) { .image = NULL };
+}
+
+/* Check the image in FD, which it gets.  Messages call it NAME. */
+static enum outcome
+check_image (const char *name, int fd, struct opened *o)
+{
+  o->image = load_open (name, fd);
+  if (o->image)
+    return OPENED;
+  close_image (o);
+  return FAILED;
+}
+
+/* Open and check the image PATH in a file or on a block device.  It may be anything
+ * else, and opening that must not block.
+ */
+static enum outcome
+open_image (const char *name, const char *path, struct opened *o)
+{
+  struct stat st;
+  int fd;
+
+  *o = (struct opened) { .image = NULL };
+  if (stat (path, &st) == 0 && !S_ISREG (st.st_mode)
+      && !S_ISBLK (st.st_mode)) {
+    refuse_kind (name, st.st_mode);
+    return FAILED;
+  }
+  fd = locks_open (path, IMAGE_READ, &o->lock);
+  if (fd >= 0)
+    return check_image (name, fd, o);
+  if (errno == ENOENT)
+    return MISSING;
+  if (errno == EAGAIN)
+    return IN_USE;
+  report (name, "cannot open it");
+  return FAILED;
+}
+
+/* The same for an image that is to be read from the pipe FD. */
+static enum outcome
+open_spooled (const char *name, int fd, struct opened *o)
+{
+  const int spooled = spool_read (name, fd);
+
+  return spooled == -1 ? FAILED : check_image (name, spooled, o);
+}
+
+/* The same for a FIFO. */
+static enum outcome
+open_fifo (const char *name, const char *path, struct opened *o)
 {
   const int fd = open (path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
 
-  *missing = fd == -1 && errno == ENOENT;
   if (fd == -1) {
-    if (!*missing)
-      report (name, "cannot open it");
-    return NULL;
+    report (name, "cannot open it");
+    return FAILED;
   }
-  return load_open (name, fd);
+
+  const enum outcome outcome = open_spooled (name, fd, o);
+  close (fd);
+  return outcome;
 }
+
+/* The same for the file that descriptor FD is open on. */
+static enum outcome
+open_seekable (const char *name, int fd, struct opened *o)
+{
+  char path[64];
+  enum outcome outcome;
+
+  /* Opened anew if that is possible: locks on what others have open would outlive
+   * this server.
+   */
+  (void) snprintf (path, sizeof path, "/proc/self/fd/%d", fd);
+  if (access (path, R_OK) == 0)
+    outcome = open_image (name, path, o);
+  else {
+    fd = fcntl (fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+    if (fd == -1) {
+      report (name, "cannot use it");
+      return FAILED;
+    }
+    outcome = check_image (name, fd, o);
+  }
+  return outcome;
+}
+
+/* The same for descriptor FD, whatever that is. */
+static enum outcome
+open_descriptor (const char *name, int fd, struct opened *o)
+{
+  const int flags = fcntl (fd, F_GETFL);
+  struct stat st;
+
+  if (flags == -1 || fstat (fd, &st) == -1)
+    report (name, "no open file");
+  else if ((flags & O_ACCMODE) == O_WRONLY)
+    refuse (name, "this file is not open for reading");
+  else if (fd == STDIN_FILENO && descriptors_serve_client ())
+    refuse (name, "option -s has standard input for the client; name a file");
+  else if (isatty (fd))
+    refuse (name, "will not read an image from a terminal; redirect a file or "
+                  "a pipe to it");
+  else if (S_ISREG (st.st_mode) || S_ISBLK (st.st_mode))
+    return open_seekable (name, fd, o);
+  else if (S_ISFIFO (st.st_mode) || S_ISSOCK (st.st_mode))
+    return open_spooled (name, fd, o);
+  else
+    refuse_kind (name, st.st_mode);
+  return FAILED;
+}
+
+/*----------------------------------------------------------------------
+ * Finding the images
+ */
 
 static bool
 is_image_name (const char *name)
@@ -69,6 +228,33 @@ is_image_name (const char *name)
   const char *dot = strrchr (name, '.');
 
   return dot && dot != name && strcmp (dot, ".qcow2") == 0;
+}
+
+/* Check the image D of a directory. */
+static int
+check_in_directory (const struct load_source *s, const struct dirent *d)
+{
+  CLEANUP_FREE char *path = names_join (s->path, d->d_name);
+  struct opened o;
+
+  if (!path)
+    return report (s->name, "cannot check it");
+  switch (open_image (path, path, &o)) {
+  case OPENED:
+    close_image (&o);
+    return 0;
+  case MISSING:
+    return 0;
+  case IN_USE:
+    (void) fprintf (stderr,
+                    "nbdkit: cow: warning: cow-load=%s: is in use by another "
+                    "program; its export is refused until that has ended\n",
+                    path);
+    return 0;
+  case FAILED:
+  default:
+    return -1;
+  }
 }
 
 /* Check all images that exports may start from. */
@@ -81,56 +267,100 @@ check_directory (const struct load_source *s)
 
   if (!dir)
     return report (s->name, "cannot read the directory");
-  while (r == 0 && (errno = 0, d = readdir (dir))) {
-    bool missing = false;
-
-    if (!is_image_name (d->d_name))
-      continue;
-
-    CLEANUP_FREE char *path = names_join (s->path, d->d_name);
-    struct loaded *image = path ? open_image (path, path, &missing) : NULL;
-    if (!path)
-      r = report (s->name, "cannot check it");
-    else if (!image && !missing)
-      r = -1;
-    load_close (image);
-  }
+  while (r == 0 && (errno = 0, d = readdir (dir)))
+    if (is_image_name (d->d_name)) {
+      r = check_in_directory (s, d);
+      errno = 0;
+    }
   if (r == 0 && errno)
     r = report (s->name, "cannot read the directory");
   closedir (dir);
   return r;
 }
 
+/* Find out what a source is: its descriptor, or path and kind. */
 static int
-open_source (struct load_source *s, const char *name, const char *save_name)
+find_source (struct load_source *s)
 {
   struct stat st;
-  bool missing;
+
+  s->descriptor = descriptors_find (s->name, STDIN_FILENO);
+  if (s->descriptor >= 0)
+    return 0;
+  s->path = realpath (s->name, NULL);
+  if (s->path && stat (s->path, &st) == 0) {
+    s->is_directory = S_ISDIR (st.st_mode);
+    s->is_fifo = S_ISFIFO (st.st_mode);
+  }
+  if (s->is_directory)
+    return 0;
+  free (s->path);
+  s->path = names_resolve (s->name);
+  return s->path ? 0 : report (s->name, "cannot find it");
+}
+
+/* Are these one pipe, which can be read only once? */
+static bool
+are_one_pipe (const struct load_source *a, const struct load_source *b)
+{
+  if (a->descriptor >= 0 || b->descriptor >= 0)
+    return a->descriptor == b->descriptor;
+  return a->is_fifo && b->is_fifo && strcmp (a->path, b->path) == 0;
+}
+
+/* A file that is missing may be if it is saved to. */
+static int
+check_missing (const struct load_source *s, const char *save_name)
+{
+  CLEANUP_FREE char *target = save_name ? names_resolve (save_name) : NULL;
+
+  if (target && strcmp (target, s->path) == 0)
+    return 0;
+  return refuse (s->name,
+                 "no such file; only what cow-save names too may be missing");
+}
+
+static int
+open_source (struct load_source *s, const char *save_name)
+{
+  enum outcome outcome;
+
+  if (s->is_directory)
+    return check_directory (s);
+  if (s->descriptor >= 0)
+    outcome = open_descriptor (s->name, s->descriptor, &s->file);
+  else if (s->is_fifo)
+    outcome = open_fifo (s->name, s->path, &s->file);
+  else
+    outcome = open_image (s->name, s->path, &s->file);
+
+  switch (outcome) {
+  case OPENED:
+    return 0;
+  case MISSING:
+    return check_missing (s, save_name);
+  case IN_USE:
+    return refuse_in_use (s->name);
+  case FAILED:
+  default:
+    return -1;
+  }
+}
+
+/* Add the source NAME. */
+static int
+add_source (struct loads *l, const char *name, const char *save_name)
+{
+  struct load_source *s = &l->sources[l->count++];
 
   s->name = name;
-  s->path = realpath (name, NULL);
-  if (s->path && stat (s->path, &st) == 0 && S_ISDIR (st.st_mode)) {
-    s->is_directory = true;
-    return check_directory (s);
-  }
-  free (s->path);
-  s->path = names_resolve (name);
-  if (!s->path)
-    return report (name, "cannot find it");
-
-  s->image = open_image (name, s->path, &missing);
-  if (s->image)
-    return 0;
-  if (missing) {
-    CLEANUP_FREE char *target = save_name ? names_resolve (save_name) : NULL;
-
-    if (target && strcmp (target, s->path) == 0)
-      return 0;
-    nbdkit_error ("cow-load=%s: no such file; only what cow-save names too "
-                  "may be missing",
-                  name);
-  }
-  return -1;
+  if (find_source (s) == -1)
+    return -1;
+  for (size_t i = 0; i + 1 < l->count; ++i)
+    if (are_one_pipe (&l->sources[i], s))
+      return refuse (name, "is named twice, and can be read only once; leave "
+                           "out one of them");
+  return open_source (s, save_name);
 }
 
 struct loads *
@@ -142,10 +372,8 @@ loads_new (const char *const *names, size_t count, const char *save_name)
     nbdkit_error ("cow: out of memory");
     return NULL;
   }
-  for (; l->count < count; ++l->count) {
-    if (open_source (&l->sources[l->count], names[l->count], save_name)
-        == -1) {
-      l->count++;
+  for (size_t i = 0; i < count; ++i) {
+    if (add_source (l, names[i], save_name) == -1) {
       loads_free (l);
       return NULL;
     }
@@ -159,7 +387,7 @@ loads_free (struct loads *l)
   if (!l)
     return;
   for (size_t i = 0; i < l->count; ++i) {
-    load_close (l->sources[i].image);
+    close_image (&l->sources[i].file);
     free (l->sources[i].path);
   }
   free (l);
@@ -169,7 +397,7 @@ static bool
 source_is (const struct load_source *s, const char *path)
 {
   if (!s->is_directory)
-    return strcmp (s->path, path) == 0;
+    return s->path && strcmp (s->path, path) == 0;
 
   CLEANUP_FREE char *dir = names_directory (path);
   return dir && strcmp (s->path, dir) == 0
@@ -188,7 +416,7 @@ loads_has (const struct loads *l, const char *path)
 bool
 loads_has_only (const struct loads *l, const char *path)
 {
-  return l && l->count == 1 && l->sources[0].image
+  return l && l->count == 1 && l->sources[0].file.image
          && source_is (&l->sources[0], path);
 }
 
@@ -215,7 +443,8 @@ apply_from_directory (const struct load_source *s, const char *export_name,
 {
   CLEANUP_FREE char *name = names_of_export (export_name);
   CLEANUP_FREE char *path = name ? names_join (s->path, name) : NULL;
-  bool missing;
+  struct opened o;
+  int r;
 
   if (!path) {
     if (errno == ENAMETOOLONG) /* so there is none */
@@ -223,13 +452,19 @@ apply_from_directory (const struct load_source *s, const char *export_name,
     return report (s->name, "cannot look for an image");
   }
 
-  struct loaded *image = open_image (path, path, &missing);
-  if (!image)
-    return missing ? 0 : -1;
-
-  const int r = apply_image (image, path, overlay, base);
-  load_close (image);
-  return r;
+  switch (open_image (path, path, &o)) {
+  case OPENED:
+    r = apply_image (o.image, path, overlay, base);
+    close_image (&o);
+    return r;
+  case MISSING:
+    return 0;
+  case IN_USE:
+    return refuse_in_use (path);
+  case FAILED:
+  default:
+    return -1;
+  }
 }
 
 int
@@ -242,8 +477,8 @@ loads_apply (const struct loads *l, const char *export_name,
 
     if (s->is_directory)
       r = apply_from_directory (s, export_name, overlay, base);
-    else if (s->image)
-      r = apply_image (s->image, s->name, overlay, base);
+    else if (s->file.image)
+      r = apply_image (s->file.image, s->name, overlay, base);
     if (r == -1)
       return -1;
   }

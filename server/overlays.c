@@ -30,16 +30,18 @@
 #include "common/cleanup.h"
 #include "common/debug.h"
 #include "server/loads.h"
+#include "server/locks.h"
 #include "server/overlays.h"
 #include "server/save.h"
 #include "overlay/store.h"
 
 /* An overlay and those who use it. */
 struct overlay_entry {
-  char *name;              /* of the export; constant */
-  struct overlay *overlay; /* constant */
-  uint64_t users;          /* connections; guarded by the set's lock */
-  pthread_mutex_t lock;    /* held while it is loaded; guards views */
+  char *name;               /* of the export; constant */
+  struct overlay *overlay;  /* constant */
+  struct file_lock *target; /* constant: on what it replaces, or NULL */
+  uint64_t users;           /* connections; guarded by the set's lock */
+  pthread_mutex_t lock;     /* held while it is loaded; guards views */
   struct shared_view {
     struct view *view; /* NULL: nobody has it */
     uint64_t users;    /* connections */
@@ -149,6 +151,7 @@ free_entry (void *pointer)
 
   if (entry) {
     overlay_free (entry->overlay);
+    locks_give_back (entry->target, IMAGE_WRITE);
     pthread_mutex_destroy (&entry->lock);
     free (entry->name);
     free (entry);
@@ -243,11 +246,12 @@ report_refusal (const struct overlays *s, const char *name, uint64_t size)
                   printable (name).text);
 }
 
-/* May there be an overlay for the export NAME, which has none yet?  Caller holds
- * the lock.  -1 if not, which was reported.
+/* May there be an overlay for the export NAME, which has none yet?  Then *TARGET is the
+ * lock on what it replaces.  Caller holds the lock.  -1 if not, which was reported.
  */
 static int
-check_new (const struct overlays *s, const char *name)
+check_new (const struct overlays *s, const char *name,
+           struct file_lock **target)
 {
   const struct save *save = s->options.save;
 
@@ -267,7 +271,7 @@ check_new (const struct overlays *s, const char *name)
                   printable (name).text, save_name (save));
     return -1;
   }
-  return save_check_export (save, s->options.loads, name);
+  return save_check_export (save, s->options.loads, name, target);
 }
 
 /* Add an overlay to the set.  Caller holds the lock. */
@@ -275,14 +279,17 @@ static struct overlay_entry *
 add (struct overlays *s, const char *name, uint64_t size)
 {
   struct overlay_entry *entry;
+  struct file_lock *target = NULL;
 
-  if (check_new (s, name) == -1)
+  if (check_new (s, name, &target) == -1)
     return NULL;
   entry = new_entry (s, name, size);
   if (!entry) {
     report_refusal (s, name, size);
+    locks_give_back (target, IMAGE_WRITE);
     return NULL;
   }
+  entry->target = target;
   if (s->options.scope == SCOPE_EXPORT
       && !tsearch (entry, &s->by_name, compare_names)) {
     errno = ENOMEM;

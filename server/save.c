@@ -179,13 +179,14 @@ path_of_export (const struct save *s, const char *export_name)
 
 int
 save_check_export (const struct save *s, const struct loads *loads,
-                   const char *export_name)
+                   const char *export_name, struct file_lock **lock)
 {
   CLEANUP_FREE char *path = NULL;
   CLEANUP_FREE char *why = NULL;
   enum newfile_target what;
   mode_t mode;
 
+  *lock = NULL;
   if (s->target->kind != TARGET_DIRECTORY)
     return 0;
   path = path_of_export (s, export_name);
@@ -194,9 +195,12 @@ save_check_export (const struct save *s, const struct loads *loads,
                   s->target->name);
     return -1;
   }
-  if (target_check_file (s->target, loads, path, &what, &mode, &why) == -1) {
+  if (target_lock_file (path, lock, &why) == -1
+      || target_check_file (s->target, loads, path, &what, &mode, &why)
+           == -1) {
     nbdkit_error ("cow-save=%s: export refused: %s", s->target->name,
                   why ? why : "out of memory");
+    locks_give_back (*lock, IMAGE_WRITE);
     return -1;
   }
   return 0;

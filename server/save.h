@@ -63,12 +63,14 @@ extern bool save_is_what_is_loaded (const struct save *save,
 /* The target as the user gave it. */
 extern const char *save_name (const struct save *save);
 
-/* Check that this export can be saved.  -1 if it is to be refused, which was
- * reported.
+/* Check that this export can be saved, and lock the file that it is going to replace, if
+ * there is one: *LOCK is to be given back when its overlay is freed.  -1 if it is to be
+ * refused, which was reported.
  */
 extern int save_check_export (const struct save *save,
                               const struct loads *loads,
-                              const char *export_name);
+                              const char *export_name,
+                              struct file_lock **lock);
 
 /* Save an overlay, which is closed, and whose views were cut off.  -1 if that failed; then the overlay was kept
  * elsewhere if that was possible at all, and all was reported.

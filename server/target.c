@@ -24,6 +24,8 @@
 #include <nbdkit-filter.h>
 
 #include "common/cleanup.h"
+#include "server/descriptors.h"
+#include "server/locks.h"
 #include "server/names.h"
 #include "format/qcow2.h"
 #include "overlay/store.h"
@@ -92,14 +94,15 @@ named_by_other (const struct target *t, const struct stat *st)
  * Files
  */
 
-/* Decode the header of a file.  -1 if it cannot be read; *IS_IMAGE tells whether it
- * is one that this filter could load.
+/* Decode the header of a file.  -1 and errno if it cannot be read, EAGAIN if another
+ * program uses it; *IS_IMAGE tells whether it is one that this filter could load.
  */
 static int
 read_header (const char *path, struct qcow2_header *header, bool *is_image)
 {
   CLEANUP_FREE char *buf = malloc (QCOW2_HEADER_BYTES);
-  const int fd = open (path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+  struct file_lock *lock;
+  const int fd = locks_open (path, IMAGE_WRITE, &lock);
   struct qcow2_fault fault;
   struct stat st;
   ssize_t length = -1;
@@ -113,6 +116,7 @@ read_header (const char *path, struct qcow2_header *header, bool *is_image)
     while (length == -1 && errno == EINTR);
 
   const int err = errno;
+  locks_give_back (lock, IMAGE_WRITE);
   close (fd);
   errno = err;
   if (length == -1)
@@ -129,6 +133,16 @@ say_why (char **why, const char *path, const char *what, const char *more)
   if (asprintf (why, "%s %s%s", path, what, more) == -1)
     *why = NULL;
   return -1;
+}
+
+static int
+say_in_use (char **why, const char *path)
+{
+  return say_why (why, path,
+                  "is in use by another program, perhaps a second server, "
+                  "qemu or qemu-nbd; end that one first, or name another "
+                  "file",
+                  "");
 }
 
 /* In a sticky directory only its owner and that of the file may replace it. */
@@ -157,6 +171,12 @@ check_existing (const struct target *t, const struct loads *loads,
                     "must not be overwritten; name another file: it is also "
                     "that of the parameter ",
                     other);
+  if (S_ISBLK (st->st_mode))
+    return say_why (
+      why, path,
+      "is a block device, no regular file, and cannot be replaced "
+      "by a diff; name a file, which can be copied to it later",
+      "");
   if (!S_ISREG (st->st_mode))
     return say_why (why, path,
                     "exists and is no regular file; move it away, or name "
@@ -168,10 +188,12 @@ check_existing (const struct target *t, const struct loads *loads,
                     "that one replace it; name another file",
                     "");
   if (read_header (path, &header, &is_image) == -1)
-    return say_why (why, path,
-                    "cannot be read, so as to see whether it may be "
-                    "replaced: ",
-                    strerror (errno));
+    return errno == EAGAIN
+             ? say_in_use (why, path)
+             : say_why (why, path,
+                        "cannot be read, so as to see whether it may be "
+                        "replaced: ",
+                        strerror (errno));
   if (!is_image || (!header.ours && !loads_has (loads, path)))
     return say_why (why, path,
                     "exists and is not a diff that this filter made; move it "
@@ -202,6 +224,19 @@ target_check_file (const struct target *t, const struct loads *loads,
   *what = NEWFILE_REPLACES;
   *mode = st.st_mode & 0777;
   return check_existing (t, loads, path, &st, why);
+}
+
+int
+target_lock_file (const char *path, struct file_lock **lock, char **why)
+{
+  const int fd = locks_open (path, IMAGE_WRITE, lock);
+
+  if (fd >= 0) {
+    close (fd);
+    return 0;
+  }
+  *lock = NULL;
+  return errno == EAGAIN ? say_in_use (why, path) : 0;
 }
 
 static int
@@ -247,7 +282,8 @@ use_file (struct target *t, const struct loads *loads)
   t->directory = names_directory (t->path);
   if (!t->directory)
     return refuse_errno (t, "cannot check it");
-  if (target_check_file (t, loads, t->path, &what, &mode, &why) == -1)
+  if (target_lock_file (t->path, &t->lock, &why) == -1
+      || target_check_file (t, loads, t->path, &what, &mode, &why) == -1)
     return refuse (t, why ? why : "out of memory");
   return check_directory (t);
 }
@@ -255,70 +291,6 @@ use_file (struct target *t, const struct loads *loads)
 /*----------------------------------------------------------------------
  * Streams
  */
-
-/* The descriptor that a name stands for, or -1. */
-static int
-descriptor_of (const char *name)
-{
-  static const char *const prefixes[]
-    = { "/dev/fd/", "/proc/self/fd/", "/proc/thread-self/fd/" };
-
-  if (strcmp (name, "-") == 0 || strcmp (name, "/dev/stdout") == 0)
-    return STDOUT_FILENO;
-  if (strcmp (name, "/dev/stderr") == 0)
-    return STDERR_FILENO;
-  for (size_t i = 0; i < sizeof prefixes / sizeof prefixes[0]; ++i) {
-    const size_t length = strlen (prefixes[i]);
-    unsigned long number;
-    char *end;
-
-    if (strncmp (name, prefixes[i], length) != 0 || name[length] < '0'
-        || name[length] > '9')
-      continue;
-    number = strtoul (name + length, &end, 10);
-    if (*end == '\0' && number <= INT_MAX)
-      return (int) number;
-  }
-  return -1;
-}
-
-/* Was nbdkit started with option -s, so that standard input and output are the
- * client?  Filters are not told, so this looks at the command line, where options
- * may also stand between and in front of others ("-fs").
- */
-static bool
-serves_standard_output (void)
-{
-  static const char with_value[] = "eDgiPptUu";
-  FILE *f = fopen ("/proc/self/cmdline", "re");
-  CLEANUP_FREE char *arg = NULL;
-  size_t size = 0;
-  bool found = false, is_value = true; /* the first is the program's name */
-
-  if (!f)
-    return false;
-  while (!found && getdelim (&arg, &size, '\0', f) > 0) {
-    if (is_value) {
-      is_value = false;
-      continue;
-    }
-    if (strcmp (arg, "--") == 0)
-      break;
-    if (strcmp (arg, "--run") == 0)
-      is_value = true;
-    if (strcmp (arg, "--single") == 0 || strcmp (arg, "--stdin") == 0)
-      found = true;
-    for (const char *c = arg + 1; arg[0] == '-' && arg[1] != '-' && *c; ++c) {
-      if (strchr (with_value, *c)) {
-        is_value = c[1] == '\0';
-        break;
-      }
-      found |= *c == 's';
-    }
-  }
-  (void) fclose (f);
-  return found;
-}
 
 /* Write to a copy of descriptor FD, as nbdkit closes standard output soon. */
 static int
@@ -335,7 +307,7 @@ use_descriptor (struct target *t, int fd)
   if (isatty (fd))
     return refuse (t, "will not write an image to a terminal; redirect it to "
                       "a file or a pipe");
-  if (fd == STDOUT_FILENO && serves_standard_output ())
+  if (fd == STDOUT_FILENO && descriptors_serve_client ())
     return refuse (t, "option -s has standard output for the client; name a "
                       "file");
 
@@ -398,7 +370,7 @@ static int
 find_kind (struct target *t, const struct loads *loads)
 {
   const size_t length = strlen (t->name);
-  const int fd = descriptor_of (t->name);
+  const int fd = descriptors_find (t->name, STDOUT_FILENO);
   struct stat st;
 
   if (fd >= 0)
@@ -452,6 +424,7 @@ target_free (struct target *t)
     return;
   if (t->fd >= 0)
     close (t->fd);
+  locks_give_back (t->lock, IMAGE_WRITE);
   for (size_t i = 0; i < t->nr_others; ++i)
     free (t->others[i].text);
   free (t->others);

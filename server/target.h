@@ -10,6 +10,7 @@
 #include <sys/types.h>
 
 #include "server/loads.h"
+#include "server/locks.h"
 #include "overlay/newfile.h"
 
 /* Parameters of the plugin and of other filters, whose values may name files that
@@ -33,7 +34,8 @@ struct target {
   char *directory;  /* of the file or files; NULL for streams */
   int fd; /* of a stream; -1: it is a FIFO that is opened to be written,
                      * or was closed */
-  mode_t new_mode; /* of files that replace none */
+  mode_t new_mode;        /* of files that replace none */
+  struct file_lock *lock; /* on what TARGET_FILE replaces; NULL: nothing */
   struct other_file *others;
   size_t nr_others;
 };
@@ -45,6 +47,14 @@ extern struct target *target_new (const char *name, const struct loads *loads,
                                   const struct parameter *others,
                                   size_t nr_others);
 extern void target_free (struct target *target);
+
+/* Lock the file PATH, which is going to be replaced: until the lock is given back
+ * (locks_give_back, IMAGE_WRITE) neither qemu nor another server takes it.  *LOCK is NULL
+ * where there is none, or none that can be opened.  -1 if another program uses it, and a
+ * text as below.
+ */
+extern int target_lock_file (const char *path, struct file_lock **lock,
+                             char **why);
 
 /* May the file PATH be made or replaced?  0, and what stands there and the mode
  * that it is to get; or -1 and a text that says why not, which the caller frees

@@ -41,11 +41,13 @@ refused offset
 cp "$tmp/base" "$image"
 refused offset
 rm "$image"
-mkfifo "$image"
-refused ""
+py <<'END'
+socket.socket(socket.AF_UNIX).bind(tmp + "/image")
+END
+refused "is a socket; name a qcow2 image"
 rm "$image"
 image=/dev/null
-refused ""
+refused "is a character device; name a qcow2 image"
 image=$tmp/image
 image=
 refused ""
@@ -119,6 +121,12 @@ echo broken >"$image/a.qcow2"
 echo "not looked at" >"$image/b.img"
 echo "nor this" >"$image/.qcow2"
 refused "$image/a.qcow2"
+rm "$image/a.qcow2"
+mkfifo "$image/a.qcow2"
+refused "is a FIFO; name a qcow2 image"
+rm "$image/a.qcow2"
+mkdir "$image/a.qcow2"
+refused "is a directory; name a qcow2 image"
 rm -r "$image"
 
 # Sizes that do not fit: the server starts, the export is refused.

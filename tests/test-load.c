@@ -539,11 +539,12 @@ no_regular_file (void **state)
 
   (void) state;
   assert_int_equal (pipe (fds), 0);
-  expect_refusal_of (fds[0], "not a regular file");
+  expect_refusal_of (fds[0], "neither a file nor a block device");
   close (fds[1]);
-  expect_refusal_of (open ("/", O_RDONLY | O_CLOEXEC), "not a regular file");
+  expect_refusal_of (open ("/", O_RDONLY | O_CLOEXEC),
+                     "neither a file nor a block device");
   expect_refusal_of (open ("/dev/null", O_RDONLY | O_CLOEXEC),
-                     "not a regular file");
+                     "neither a file nor a block device");
 }
 
 static void
