@@ -4,6 +4,8 @@
 # The packages that each job needs, by their names in Debian and Ubuntu, and a
 # function that installs what is missing of them.  Sourced by runtests,
 # quickstart, bench/run and .ci/run.
+#
+# shellcheck disable=SC2034
 
 packages_to_build="gcc libc6-dev make autoconf automake libtool pkgconf perl
     nbdkit nbdkit-plugin-dev zlib1g-dev libzstd-dev"
