@@ -34,6 +34,11 @@
 /* The callbacks have the parameters that nbdkit gives them. */
 #pragma GCC diagnostic ignored "-Wunused-parameter"
 
+/* Objects of two versions would load, and not work. */
+_Static_assert(
+  __builtin_strcmp (NBDKIT_HEADERS, NBDKIT_VERSION_STRING) == 0,
+  "nbdkit has changed since this was configured: run ./configure again");
+
 #define MIN_BLOCK_SIZE UINT32_C (4096)
 #define MAX_BLOCK_SIZE (UINT32_C (2) << 20)
 

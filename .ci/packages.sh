@@ -1,9 +1,11 @@
-# shellcheck shell=sh
+# shellcheck shell=bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
 # The packages that each job needs, by their names in Debian and Ubuntu, and a
 # function that installs what is missing of them.  Sourced by runtests,
 # quickstart, bench/run and .ci/run.
+#
+# shellcheck disable=SC2034
 
 packages_to_build="gcc libc6-dev make autoconf automake libtool pkgconf perl
     nbdkit nbdkit-plugin-dev zlib1g-dev libzstd-dev"
@@ -19,42 +21,44 @@ packages_to_measure="fio gnuplot-nox nbd-server python3-libnbd qemu-utils xz-uti
 # What is only asked of each change, in .ci/run: other programs that read images
 # or take streams, and what a guest needs besides its kernel.
 packages_to_check="clang clang-format clang-tidy libclang-rt-dev valgrind
-    7zip busybox-static kmod libqcow-utils python3-libqcow spin"
+    7zip busybox-static kmod libqcow-utils python3-libqcow shellcheck spin"
 
 # install_packages PACKAGE...: installs those that are missing, and says so.
-# Fails, with the command to type, for who is not root and has no sudo.
+# Where that cannot be done, it fails, with the command for who can.
 install_packages ()
 {
+    local package missing='' as_root=()
     if ! command -v dpkg-query >/dev/null; then
         echo "Not Debian or Ubuntu: going on with what is installed." >&2
         return 0
     fi
 
-    missing=
     for package; do
         case $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>&1) in
             installed) ;;
-            *) missing="$missing $package" ;;
+            *) missing+=" $package" ;;
         esac
     done
     [ -n "$missing" ] || return 0
 
     if [ "$(id -u)" -eq 0 ]; then
-        as_root=env
+        as_root=(env)
     elif command -v sudo >/dev/null; then
-        as_root="sudo env"
-    else
-        echo "Packages are missing.  As root, run this, then try again:" >&2
-        echo "apt-get install --no-install-recommends$missing" >&2
-        return 1
+        as_root=(sudo env)
     fi
-
-    echo "Installing:$missing"
-    # Of the package manager's many lines, only those about trouble are shown.
-    $as_root apt-get -qq update
-    # shellcheck disable=SC2086
-    $as_root DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
-        --no-install-recommends -o Dpkg::Use-Pty=0 $missing >/dev/null </dev/null
+    if [ ${#as_root[@]} -gt 0 ]; then
+        echo "Installing:$missing"
+        # Of the package manager's many lines, only those about trouble are shown.
+        # shellcheck disable=SC2086
+        "${as_root[@]}" apt-get -qq update &&
+            "${as_root[@]}" DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
+                --no-install-recommends -o Dpkg::Use-Pty=0 $missing \
+                >/dev/null </dev/null &&
+            return
+    fi
+    echo "Packages are missing.  As root, run this, then try again:" >&2
+    echo "apt-get update && apt-get install --no-install-recommends$missing" >&2
+    return 1
 }
 
 # fetch_kernel DIR: unpacks Debian's smallest kernel there, for tests/guest.sh.

@@ -38,6 +38,9 @@ export guard
 
 # What the programs print is compared.
 export LC_ALL=C
+# Who runs a script by itself may do so on a terminal: nothing is to wait for it, or to
+# set it (which stops qemu-io in the background), and Ctrl-C is to reach the clients.
+exec </dev/null
 # A script that is about $TMPDIR sets it for its own servers.
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/cowtest.XXXXXX")
 unset TMPDIR
@@ -354,7 +357,7 @@ nbdkit_refuses ()
 
 # Clients that may wait for ever for a server that hangs.
 for _client in nbdcopy nbdinfo qemu-img qemu-io fio; do
-    eval "$_client () { timeout \"\$guard\" $_client \"\$@\"; }"
+    eval "$_client () { timeout --foreground \"\$guard\" $_client \"\$@\"; }"
 done
 
 # log_has PATTERN, log_lacks PATTERN: about what the server said so far.

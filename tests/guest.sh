@@ -16,7 +16,7 @@
 #   GUEST_ROOT        where a kernel's package was unpacked (default: /)
 
 : "${GUEST_ROOT:=/}"
-guest_log=$tmp/guest.log
+guest_log=${tmp:?}/guest.log
 
 # The last line of a guest in which all commands have succeeded.
 guest_marker="guest: all commands have succeeded"
@@ -118,7 +118,7 @@ run_guest ()
     cat >"$tmp/commands.d/commands"
     { cat "$tmp/initramfs"; _pack "$tmp/commands.d"; } >"$tmp/initramfs.all"
 
-    timeout -k 5 "$guard" qemu-system-x86_64 \
+    timeout -k 5 "${guard:?}" qemu-system-x86_64 \
         -nodefaults -no-user-config -nographic -no-reboot \
         -accel tcg -cpu max -m 256M -nic none \
         -kernel "$_kernel" -initrd "$tmp/initramfs.all" \

@@ -27,7 +27,7 @@ END
 
 for detect in true false default; do
     parameter=()
-    [ $detect = default ] || parameter=(cow-detect-zeroes=$detect)
+    [ $detect = default ] || parameter=(cow-detect-zeroes="$detect")
     for block in 4K 64K; do
         [ $detect,$block != default,64K ] || continue
         start_nbdkit pattern $size cow-block-size=$block \

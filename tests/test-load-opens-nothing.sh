@@ -14,7 +14,7 @@ image=$tmp/image
 mkfifo "$tmp/named-fifo"
 base_file "$tmp/named-file" 1048576
 qemu-img create -q -f qcow2 "$tmp/named-image" 1M
-under=(strace -f -qq -o "$tmp/strace" -e trace=file,desc)
+under=(strace -f -qq -o "$tmp/strace" -e "trace=file,desc")
 
 for backing in "$tmp/named-file" "$tmp/named-image" "$tmp/named-missing" \
         "$tmp/named-fifo" "nbd+unix:///?socket=$tmp/named-socket" \

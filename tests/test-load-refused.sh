@@ -71,12 +71,12 @@ refused "no such file" cow-load="$tmp/good"
 make ()
 {
     rm -f "$image"
-    qemu-img create -q -f qcow2 "$@" "$image" 4M
+    qemu-img create -q -f qcow2 "$image" 4M
     qemu-io -f qcow2 -c 'write -q -P 1 0 1M' "$image" >/dev/null
 }
 poke ()
 {
-    printf "$2" | dd of="$image" bs=1 seek="$1" conv=notrunc status=none
+    printf '%b' "$2" | dd of="$image" bs=1 seek="$1" conv=notrunc status=none
 }
 make
 truncate -s 300000 "$image"
@@ -105,10 +105,11 @@ dd if="$image" of="$image" bs=8 count=1 skip=$((l2 / 8)) seek=$((l2 / 8 + 1)) \
     conv=notrunc status=none
 refused offset
 
-# Features that need more than the file.
-rm -f "$image"
-qemu-img create -q -f qcow2 --object secret,id=s,data=x \
-    -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 "$image" 4M
+# Features that need more than the file.  (The header says that it is encrypted with
+# LUKS.  To make a real one, qemu-img has to time how long a key takes, which does not
+# work on each virtual machine.)
+make
+poke 35 '\002'
 refused encrypt
 rm -f "$image"
 qemu-img create -q -f qcow2 -o data_file="$tmp/data",data_file_raw=on "$image" 4M

@@ -10,8 +10,8 @@ if ! command -v podchecker >/dev/null; then
     exit 77
 fi
 
-pod=$abs_top_srcdir/nbdkit-cow-filter.pod
-page=$abs_top_builddir/nbdkit-cow-filter.1
+pod=${abs_top_srcdir:?}/nbdkit-cow-filter.pod
+page=${abs_top_builddir:?}/nbdkit-cow-filter.1
 
 # With -warnings twice it also complains of what is only dubious, on standard
 # error and with status 0.

@@ -41,13 +41,17 @@ while left > 0:
 END
 }
 
-has_qcowmount () { [ -w /dev/fuse ] && qcowmount -V && mountpoint -q /proc; }
+# A container may have FUSE, and no right to mount.
+has_qcowmount ()
+{
+    mountpoint -q /proc && qemu-img create -q -f qcow2 "$tmp/tried" 1M &&
+        read_qcowmount "$tmp/tried"
+}
 read_qcowmount ()
 {
     mkdir -p "$tmp/mounted"
-    timeout "$guard" qcowmount "$1" "$tmp/mounted" >"$tmp/qcowmount.out"
-    cat "$tmp/mounted/qcow1"
-    unmount
+    timeout "$guard" qcowmount "$1" "$tmp/mounted" >"$tmp/qcowmount.out" &&
+        cat "$tmp/mounted/qcow1" && unmount
 }
 unmount ()
 {

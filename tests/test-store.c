@@ -23,7 +23,7 @@
 
 #define PLACE UINT64_C (131072)
 
-static char dir[] = "/tmp/test-store-XXXXXX";
+static char dir[4096];
 static struct store store;
 
 static int
@@ -321,6 +321,9 @@ main (void)
     cmocka_unit_test (directories),
   };
 
+  const char *above = getenv ("TMPDIR");
+
+  snprintf (dir, sizeof dir, "%s/test-store-XXXXXX", above ? above : "/tmp");
   if (!mkdtemp (dir)) {
     perror (dir);
     return 1;
