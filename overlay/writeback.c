@@ -14,7 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "common/cleanup.h"
+#include "common/lock.h"
 #include "overlay/writeback.h"
 
 /* What is synced soon enough. */
@@ -43,10 +43,12 @@ sleep_a_second (struct writeback *w)
 {
   struct timespec until;
 
+  assert_held (&w->lock);
   clock_gettime (CLOCK_MONOTONIC, &until);
   until.tv_sec++;
   while (!w->stop
-         && pthread_cond_timedwait (&w->stopped, &w->lock, &until) == 0)
+         && pthread_cond_timedwait (&w->stopped, &w->lock.pthread, &until)
+              == 0)
     ;
 }
 
@@ -55,7 +57,7 @@ write_back (void *pointer)
 {
   struct writeback *w = pointer;
 
-  pthread_mutex_lock (&w->lock);
+  mutex_lock (&w->lock);
   while (!w->stop && w->end > w->asked) {
     const uint64_t start = w->asked, end = w->end;
 
@@ -63,16 +65,16 @@ write_back (void *pointer)
     if (w->stop)
       break;
     w->asked = end;
-    pthread_mutex_unlock (&w->lock);
+    mutex_unlock (&w->lock);
     const int r = sync_file_range (w->fd, (off_t) start, (off_t) (end - start),
                                    SYNC_FILE_RANGE_WRITE);
     const int err = r == -1 ? errno : 0;
-    pthread_mutex_lock (&w->lock);
+    mutex_lock (&w->lock);
     if (is_loss (err))
       w->error = err;
   }
   w->running = false;
-  pthread_mutex_unlock (&w->lock);
+  mutex_unlock (&w->lock);
   return NULL;
 }
 
@@ -82,7 +84,7 @@ writeback_init (struct writeback *w)
   pthread_condattr_t attr;
 
   *w = (struct writeback) { .fd = -1 };
-  pthread_mutex_init (&w->lock, NULL);
+  mutex_init (&w->lock, RANK_WRITE_BACK);
   pthread_condattr_init (&attr);
   pthread_condattr_setclock (&attr, CLOCK_MONOTONIC);
   pthread_cond_init (&w->stopped, &attr);
@@ -97,6 +99,7 @@ start (struct writeback *w)
 {
   sigset_t all, old;
 
+  assert_held (&w->lock);
   if (w->to_join)
     pthread_join (w->thread, NULL);
   sigfillset (&all);
@@ -111,7 +114,7 @@ start (struct writeback *w)
 void
 writeback_grown (struct writeback *w, int fd, uint64_t end)
 {
-  LOCK_FOR_SCOPE (&w->lock);
+  HOLD (&w->lock);
 
   if (end <= w->end)
     return;
@@ -124,10 +127,10 @@ writeback_grown (struct writeback *w, int fd, uint64_t end)
 int
 writeback_end (struct writeback *w)
 {
-  pthread_mutex_lock (&w->lock);
+  mutex_lock (&w->lock);
   w->stop = true; /* from here on, start is not called any more */
   pthread_cond_signal (&w->stopped);
-  pthread_mutex_unlock (&w->lock);
+  mutex_unlock (&w->lock);
   if (w->to_join)
     pthread_join (w->thread, NULL);
   w->to_join = false;
@@ -166,5 +169,5 @@ writeback_destroy (struct writeback *w)
 {
   (void) writeback_end (w);
   pthread_cond_destroy (&w->stopped);
-  pthread_mutex_destroy (&w->lock);
+  mutex_destroy (&w->lock);
 }

@@ -16,8 +16,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "common/lock.h"
+
 struct writeback {
-  pthread_mutex_t lock; /* guards what follows; taken last of all */
+  struct mutex lock; /* guards what follows; taken last of all */
   pthread_cond_t stopped;
   bool stop;
   bool running; /* the thread; it does not look at anything here after that */
