@@ -32,9 +32,8 @@ struct slot_change {
   struct slot_pair found; /* under the slot lock */
   bool shared;            /* with a frozen map: its place is not written to */
   uint64_t place;         /* where its bytes go; 0: it needs no place */
-  uint32_t allocate; /* blocks that are written to: they become allocated, or
-                           * stay so */
-  uint32_t zero;     /* blocks that become zero, or stay so */
+  uint32_t allocate;      /* blocks that are written to, and allocated then */
+  uint32_t zero;          /* blocks that become zero, or stay so */
 };
 
 /* A request's changes, from change_begin to change_end.  What is in it is for change.c

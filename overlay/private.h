@@ -28,12 +28,18 @@
 
 /* The life of an overlay.  It goes on from one state to the next, and never back. */
 enum overlay_life {
-  OVERLAY_OPEN, /* requests change it, views are made and released */
-  OVERLAY_CLOSED, /* nothing changes it any more, and no view is made; set under the
-                   * exclusive request lock */
-  OVERLAY_CUT, /* views do not read its file any more, and nothing in it is given
-                   * back: it belongs to the one who saves.  Set under the release
-                   * lock and the exclusive view lock */
+  /* Requests change it, views are made and released. */
+  OVERLAY_OPEN,
+
+  /* Nothing changes it any more, and no view is made.  Set under the exclusive request
+   * lock.
+   */
+  OVERLAY_CLOSED,
+
+  /* Views do not read its file any more, and nothing in it is given back: it belongs to
+   * the one who saves.  Set under the release lock and the exclusive view lock.
+   */
+  OVERLAY_CUT,
 };
 
 struct overlay {
@@ -42,19 +48,19 @@ struct overlay {
   unsigned slot_shift;    /* log2 of the slot size; constant */
   bool detect_zeroes;     /* constant */
   enum overlay_fate fate; /* constant */
-  struct tables
-    tables; /* of its image, if there will be one; has its own lock */
+  struct tables tables;   /* if has_tables; has its own lock */
+  struct store store;     /* has its own lock */
 
   /* Who holds the request lock knows whether it is open, who holds the release lock or
    * the view lock whether views are cut off.
    */
   _Atomic (enum overlay_life) life;
-  atomic_bool
-    changed;      /* was it ever?  Set before the first change of a slot */
-  struct map map; /* looked at under the request lock; slots are
-                           * changed under their slot lock too */
-  struct frozen_map last;    /* if closed: as it is to be saved */
-  struct store store;        /* has its own lock */
+  atomic_bool changed; /* set before the first change of a slot */
+
+  /* Looked at under the request lock; slots are changed under their slot lock too. */
+  struct map map;
+  struct frozen_map last; /* if closed: as it is to be saved */
+
   struct mutex release_lock; /* held while a frozen map is released */
   struct mutex slot_locks[NR_STRIPES];
   struct rwlock request_lock;

@@ -110,6 +110,7 @@ lengths "$top" || die "too long"
 
 # It sees what is wrong.
 cp -R "$top"/{Makefile.am,*.[ch],common,format,images,overlay,server} "$tmp"
+chmod -R u+w "$tmp"
 wrong ()
 {
     local file=$1 include=$2 expected=$3
