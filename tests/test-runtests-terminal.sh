@@ -35,15 +35,19 @@ END
     configuration >"$src/build/configured-as"
 )
 
-# run_it HOW: runs runtests on a terminal, and ends it when $tmp/ready is there: by
-# itself, or by "ctrl-c", "term" or "hangup".  What it prints is in $tmp/out.
+# run_it HOW [COMMAND...]: runs runtests, or COMMAND, on a terminal.  It ends by itself,
+# or when $tmp/ready is there, by "ctrl-c", "term" or "hangup".  What it prints is in
+# $tmp/out.
 run_it ()
 {
+    local how=$1
+    shift
+    [ $# -gt 0 ] || set -- "$src/runtests"
     rm -f "$tmp/ready"
-    py "$1" "$src/runtests" <<'END' || { cat "$tmp/out" >&2; die "$1"; }
+    py "$how" "$@" <<'END' || { cat "$tmp/out" >&2; die "$how"; }
 import pty, select, signal
 
-how, program = sys.argv[1:]
+how, command = sys.argv[1], sys.argv[2:]
 end = time.monotonic() + guard / 2
 env = {k: v for k, v in os.environ.items()
        if k not in ("BUILD_DIR", "TESTS", "MAKE_TARGET", "LD_PRELOAD")
@@ -68,7 +72,7 @@ def marked():
 
 pid, fd = pty.fork()
 if pid == 0:
-    os.execve(program, [program], env)
+    os.execvpe(command[0], command, env)
 done = 0
 with open(tmp + "/out", "wb") as out:
     while not done:
@@ -100,7 +104,7 @@ if marked():
 if os.listdir(tmp + "/files"):
     fail("left behind: %s" % os.listdir(tmp + "/files"))
 END
-    ! grep "$tmp/files" /proc/self/mounts || die "$1: something is still mounted"
+    ! grep "$tmp/files" /proc/self/mounts || die "$how: something is still mounted"
 }
 
 # ended STATUS LINE: runtests has ended so, and LINE is the last that it printed.
@@ -120,6 +124,8 @@ nbdkit -U - memory 1M --run 'timeout 60 qemu-io -f raw -c "write 0 64k" "\$uri"'
 END
 run_it ""
 ended 0 "1 passed, 0 failed, 0 skipped"
+run_it "" make -C "$src/build" check
+grep -q '^PASS ' "$tmp/probe.log" || { cat "$tmp/probe.log" >&2; die "make check"; }
 
 # One that leaves a server running has failed.
 echo "nbdkit -U \$TMPDIR/sock memory 1M" >"$tmp/probe.sh"
@@ -145,5 +151,6 @@ for how in "ctrl-c 130 SIGINT" "term 143 SIGTERM"; do
     [ "$(cat "$tmp/status")" -eq "$status" ] && grep -q "ended by $signal" "$tmp/out" ||
         { cat "$tmp/out" >&2; die "$how: status $(cat "$tmp/status")"; }
 done
+run_it ctrl-c make -C "$src/build" check
 run_it hangup
 [ "$(cat "$tmp/status")" -eq 129 ] || die "hangup: status $(cat "$tmp/status")"
