@@ -135,14 +135,14 @@ say_why (char **why, const char *path, const char *what, const char *more)
   return -1;
 }
 
+#define IN_USE                                                                \
+  "is in use by another program, perhaps a second server, qemu or "           \
+  "qemu-nbd; end that one first, or name another file"
+
 static int
 say_in_use (char **why, const char *path)
 {
-  return say_why (why, path,
-                  "is in use by another program, perhaps a second server, "
-                  "qemu or qemu-nbd; end that one first, or name another "
-                  "file",
-                  "");
+  return say_why (why, path, IN_USE, "");
 }
 
 /* In a sticky directory only its owner and that of the file may replace it. */
@@ -292,6 +292,25 @@ use_file (struct target *t, const struct loads *loads)
  * Streams
  */
 
+/* A stream that goes to the file or block device of descriptor FD. */
+static int
+check_descriptor (struct target *t, int fd, const struct stat *st)
+{
+  const char *other = named_by_other (t, st);
+  char self[64];
+  CLEANUP_FREE char *why = NULL;
+
+  if (other) {
+    nbdkit_error ("cow-save=%s: must not be overwritten; name another file: "
+                  "it is also that of the parameter %s",
+                  t->name, other);
+    return -1;
+  }
+  (void) snprintf (self, sizeof self, "/proc/self/fd/%d", fd);
+  return target_lock_file (self, &t->lock, &why) == -1 ? refuse (t, IN_USE)
+                                                       : 0;
+}
+
 /* Write to a copy of descriptor FD, as nbdkit closes standard output soon. */
 static int
 use_descriptor (struct target *t, int fd)
@@ -311,15 +330,9 @@ use_descriptor (struct target *t, int fd)
     return refuse (t, "option -s has standard output for the client; name a "
                       "file");
 
-  const char *other = S_ISREG (st.st_mode) || S_ISBLK (st.st_mode)
-                        ? named_by_other (t, &st)
-                        : NULL;
-  if (other) {
-    nbdkit_error ("cow-save=%s: must not be overwritten; name another file: "
-                  "it is also that of the parameter %s",
-                  t->name, other);
+  if ((S_ISREG (st.st_mode) || S_ISBLK (st.st_mode))
+      && check_descriptor (t, fd, &st) == -1)
     return -1;
-  }
 
   t->fd = fcntl (fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
   return t->fd == -1 ? refuse_errno (t, "cannot use it") : 0;

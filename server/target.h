@@ -35,7 +35,7 @@ struct target {
   int fd; /* of a stream; -1: it is a FIFO that is opened to be written,
                      * or was closed */
   mode_t new_mode;        /* of files that replace none */
-  struct file_lock *lock; /* on what TARGET_FILE replaces; NULL: nothing */
+  struct file_lock *lock; /* on a file that is replaced or written, or NULL */
   struct other_file *others;
   size_t nr_others;
 };

@@ -69,6 +69,9 @@ exec 9<"$diff"
 refused cow-load=/dev/fd/9
 exec 9<&-
 rm "$tmp/hard"
+exec 9<>"$diff"
+refused cow-save=/dev/fd/9
+exec 9<&-
 qemu-io -f raw -c 'write -q -P 98 4k 1k' "nbd+unix:///?socket=$tmp/held"
 let_go
 
@@ -124,6 +127,15 @@ for args in cow-load="$diff" cow-save-compact=true cow-load="$tmp/link"; do
     diff_is "$diff" "$tmp/base" "$tmp/shown"
     qemu_can_write yes
 done
+
+# A stream that goes to a file has it for itself, too.
+: >"$tmp/t/streamed"
+exec 9<>"$tmp/t/streamed"
+start_nbdkit file "$tmp/base" cow-save=/dev/fd/9
+! qemu-io -f raw -c 'write 0 1k' "$tmp/t/streamed" >/dev/null 2>&1 || die "not locked"
+stop_nbdkit
+exec 9<&-
+qemu-img check -q "$tmp/t/streamed"
 
 # So it is for a server in the background, which is another process than the one that
 # has locked it.

@@ -6,6 +6,7 @@
 # ends can press Ctrl-C.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
+no_leak_check
 requires_plugin file
 requires qemu-img --version
 base_file "$tmp/base" 4194304
@@ -91,7 +92,9 @@ serves_shown socket
 
 # From one server to the next.
 start_nbdkit file "$tmp/base" cow-load="$tmp/diff"
-"$NBDKIT" -U - --filter="$FILTER" file "$tmp/base" cow-load="$tmp/diff" cow-save=- \
+# shellcheck disable=SC2086
+$TEST_WRAPPER "$NBDKIT" -U - --filter="$FILTER" file "$tmp/base" \
+    cow-load="$tmp/diff" cow-save=- \
     --run 'nbdinfo --size "$uri" >/dev/null' </dev/null | start cow-load=-
 serves_shown "cow-save=- to cow-load=-"
 stop_nbdkit
@@ -145,10 +148,11 @@ for kind in busy silent none; do
         none) writer= ;;
     esac
     # A shell without job control starts what is in the background without SIGINT.
-    env --default-signal=INT "$NBDKIT" -f -U "$tmp/c.sock" --filter="$FILTER" \
+    # shellcheck disable=SC2086
+    env --default-signal=INT $TEST_WRAPPER "$NBDKIT" -f -U "$tmp/c.sock" --filter="$FILTER" \
         file "$tmp/base" cow-load="$tmp/fifo" </dev/null >"$tmp/c.log" 2>&1 &
     reader=$!
-    until [ -n "$(ls -l "/proc/$reader/fd" 2>/dev/null | grep "$tmp/fifo")" ]; do
+    until [ -n "$(find "/proc/$reader/fd" -lname "$tmp/fifo" 2>/dev/null)" ]; do
         kill -0 $reader || die "ended too early: $kind"
         sleep 0.05
     done
