@@ -23,6 +23,9 @@ packages_to_measure="fio gnuplot-nox nbd-server python3-libnbd qemu-utils xz-uti
 packages_to_check="clang clang-format clang-tidy libclang-rt-dev valgrind
     7zip busybox-static kmod libqcow-utils python3-libqcow shellcheck spin"
 
+# What "make release" makes packages with, and what looks at them.
+packages_to_package="build-essential debhelper dpkg-dev git lintian rpm"
+
 # install_packages PACKAGE...: installs those that are missing, and says so.
 # Where that cannot be done, it fails, with the command for who can.
 install_packages ()

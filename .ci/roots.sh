@@ -8,6 +8,7 @@
 #   make_root RELEASE           makes the pristine root of bookworm or trixie, once
 #   new_root RELEASE ROOT       a machine of its own: ROOT is a new directory, and all
 #                               that is done in it leaves the pristine root alone
+#   copy_root OLD NEW           NEW is another machine, as OLD is now
 #   in_root ROOT COMMAND...     runs a command there as root, in /root
 #   in_root_as USER ROOT COMMAND...
 #                               the same as that user, in the user's home; "guest"
@@ -106,6 +107,12 @@ new_root ()
     mkdir -p "$2"
     echo "$1" >"$2/release"
     cp -a "$roots_dir/$1" "$2/root"
+}
+
+copy_root ()
+{
+    drop_root "$2"
+    cp -a "$1" "$2"
 }
 
 # mount_root ROOT COMMAND...: runs the command in mount and process namespaces where
