@@ -25,6 +25,7 @@
 #include "common/cleanup.h"
 #include "common/debug.h"
 #include "server/ending.h"
+#include "server/identity.h"
 #include "server/loads.h"
 #include "server/lone.h"
 #include "server/overlays.h"
@@ -84,6 +85,7 @@ struct handle {
   struct overlay_entry *entry; /* set by .prepare, NULL if that failed, or the
                                 * base is viewed */
   struct view *view;           /* set by .prepare, NULL likewise */
+  atomic_bool looked;          /* whether the base is a container */
 };
 
 /* A request, for -D cow.verbose=1; TEXT says with what options. */
@@ -713,17 +715,34 @@ on_read_now (void)
   }
 }
 
+/* A client has read BUF.  If a disk starts with it that looks like an image, it may be
+ * that the base is served as one by mistake.
+ */
+static void
+look_for_container (struct handle *h, const void *buf, uint32_t count,
+                    uint64_t offset)
+{
+  if (offset == 0 && h->kind != VIEW_DIFF && h->kind != VIEW_FULL
+      && qcow2_is_image (buf, count) && !atomic_exchange (&h->looked, true))
+    identity_warn_of_container (h->export_name, &h->base);
+}
+
 static int
 cow_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
            uint64_t offset, uint32_t flags, int *err)
 {
-  const struct handle *h = handle;
+  struct handle *h = handle;
+  int r;
 
   log_request (h, "read", count, offset, "");
   if (h->view)
-    return view_read (h->view, &h->base, buf, count, offset, err);
-  return blk_read (live_disk (overlay_of (h->entry)), &h->base, on_read_now (),
-                   buf, count, offset, err);
+    r = view_read (h->view, &h->base, buf, count, offset, err);
+  else
+    r = blk_read (live_disk (overlay_of (h->entry)), &h->base, on_read_now (),
+                  buf, count, offset, err);
+  if (r == 0)
+    look_for_container (h, buf, count, offset);
+  return r;
 }
 
 /* FUA and flush have nothing to do: map and file die with the process, so that

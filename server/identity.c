@@ -13,6 +13,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -21,6 +22,7 @@
 
 #include "common/cleanup.h"
 #include "server/identity.h"
+#include "server/names.h"
 
 /* The checksum is that of so many bytes, or of all of a smaller base. */
 #define CHECKED_BYTES UINT64_C (65536)
@@ -150,4 +152,22 @@ identity_check (const char *name, const struct qcow2_header *diff,
   if (check_size (name, said, below->identity, resized) == -1)
     return -1;
   return check_checksum (name, said, below);
+}
+
+void
+identity_warn_of_container (const char *name, const struct base *base)
+{
+  static atomic_flag told = ATOMIC_FLAG_INIT;
+  char buf[512];
+  const uint32_t count = (uint32_t) MIN (sizeof buf, base->size);
+  int err;
+
+  if (base_read (base, buf, count, 0, &err) == -1
+      || !qcow2_is_image (buf, count) || atomic_flag_test_and_set (&told))
+    return;
+  nbdkit_error ("cow: warning: export \"%s\": the base is a qcow2 image, and "
+                "clients see the bytes of its file, not the disk in it; to "
+                "serve that: nbdkit --filter=cow nbd command=qemu-nbd arg=-r "
+                "arg=-f arg=qcow2 arg=/PATH/TO/FILE",
+                printable (name).text);
 }

@@ -38,4 +38,11 @@ struct identity_below {
 extern int identity_check (const char *name, const struct qcow2_header *diff,
                            const struct identity_below *below);
 
+/* Warns, once in the life of the server, if BASE, of the export NAME, starts with a
+ * qcow2 header: clients then see a container in place of the disk in it.  Reads it.
+ * Caller holds no lock that a request takes.
+ */
+extern void identity_warn_of_container (const char *name,
+                                        const struct base *base);
+
 #endif /* COW_IDENTITY_H */

@@ -14,7 +14,6 @@
 
 #include <config.h>
 
-#include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <pthread.h>
@@ -31,6 +30,7 @@
 #include "common/debug.h"
 #include "server/identity.h"
 #include "server/loads.h"
+#include "server/names.h"
 #include "server/locks.h"
 #include "server/overlays.h"
 #include "server/save.h"
@@ -203,26 +203,6 @@ new_entry (const struct overlays *s, const char *name, uint64_t size)
     return NULL;
   }
   return entry;
-}
-
-/* A client's name for an export as it may stand in a log: in one line. */
-struct printable {
-  char text[128];
-};
-
-static struct printable
-printable (const char *name)
-{
-  struct printable p;
-  size_t i;
-
-  for (i = 0; name[i] && i < sizeof p.text - 1; ++i) {
-    const char c = name[i];
-
-    p.text[i] = (char) (iscntrl ((unsigned char) c) ? '?' : c);
-  }
-  p.text[i] = '\0';
-  return p;
 }
 
 /* Caller holds the lock.  NULL: there is none. */
