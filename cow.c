@@ -25,6 +25,7 @@
 #include "common/cleanup.h"
 #include "common/debug.h"
 #include "server/ending.h"
+#include "server/identity.h"
 #include "server/loads.h"
 #include "server/lone.h"
 #include "server/overlays.h"
@@ -58,6 +59,8 @@ static const char *cow_on_read_path;
 static enum scope cow_scope = SCOPE_EXPORT;
 static uint64_t cow_max_overlays = 1024;
 static bool cow_views;
+static const char *cow_base_id;
+static bool cow_base_check = true;
 static struct save_options cow_save;
 static const char *save_detail; /* a cow-save-* that was given, */
 static const char *view_detail; /* one that is about images of views, too */
@@ -82,6 +85,7 @@ struct handle {
   struct overlay_entry *entry; /* set by .prepare, NULL if that failed, or the
                                 * base is viewed */
   struct view *view;           /* set by .prepare, NULL likewise */
+  atomic_bool looked;          /* whether the base is a container */
 };
 
 /* A request, for -D cow.verbose=1; TEXT says with what options. */
@@ -228,6 +232,19 @@ parse_save (const char *key, const char *value)
 }
 
 static int
+parse_base_id (const char *value)
+{
+  if (!qcow2_is_base_id (value)) {
+    nbdkit_error ("cow-base-id=%s: must be a text of 1 to %d bytes in one "
+                  "line",
+                  value, QCOW2_MAX_BASE_ID);
+    return -1;
+  }
+  cow_base_id = value;
+  return 0;
+}
+
+static int
 add_load (const char *value)
 {
   const char **loads
@@ -265,6 +282,10 @@ cow_config (nbdkit_next_config *next, nbdkit_backend *nxdata, const char *key,
 
   if (saves <= 0)
     return saves;
+  if (strcmp (key, "cow-base-check") == 0)
+    return parse_bool (key, value, &cow_base_check);
+  if (strcmp (key, "cow-base-id") == 0)
+    return parse_base_id (value);
   if (strcmp (key, "cow-block-size") == 0)
     return parse_block_size (value);
   if (strcmp (key, "cow-on-read") == 0)
@@ -320,6 +341,10 @@ cow_config_complete (nbdkit_next_config_complete *next, nbdkit_backend *nxdata)
 }
 
 #define cow_config_help                                                       \
+  "cow-base-check=<BOOL>          Refuse a diff of another base (default "    \
+  "true).\n"                                                                  \
+  "cow-base-id=<TEXT>             What the base is called; a diff keeps "     \
+  "it.\n"                                                                     \
   "cow-block-size=<N>             Size of a block (default 4K).\n"            \
   "cow-detect-zeroes=<BOOL>       Take no space for zeroes that are "         \
   "written.\n"                                                                \
@@ -342,7 +367,12 @@ static int
 find_images (struct overlays_options *options)
 {
   if (nr_cow_loads > 0) {
-    options->loads = loads_new (cow_loads, nr_cow_loads, cow_save.target);
+    const struct loads_options loads = {
+      .save_name = cow_save.target,
+      .any_base = !cow_base_check,
+    };
+
+    options->loads = loads_new (cow_loads, nr_cow_loads, &loads);
     if (!options->loads)
       return -1;
   }
@@ -366,10 +396,12 @@ cow_get_ready (int thread_model)
     .overlay = { .block_size = cow_block_size,
                  .detect_zeroes = cow_detect_zeroes,
                  .format = cow_save.format },
+    .base_id = cow_base_id,
     .view = { .block_size = cow_block_size,
               .format = cow_save.format,
               .backing = cow_save.backing,
-              .backing_format = cow_save.backing_format },
+              .backing_format = cow_save.backing_format,
+              .base_id = cow_base_id },
   };
 
   if (cow_views && thread_model == NBDKIT_THREAD_MODEL_SERIALIZE_CONNECTIONS) {
@@ -569,7 +601,7 @@ cow_prepare (nbdkit_next *next, void *handle, int readonly)
   if (base_init (&h->base, next) == -1)
     return -1;
   if (h->kind == VIEW_BASE) {
-    h->view = view_new (VIEW_BASE, NULL, NULL);
+    h->view = view_new (VIEW_BASE, NULL, NULL, NULL);
     return h->view ? 0 : -1;
   }
   h->entry = overlays_get (overlays, h->export_name, &h->base);
@@ -683,17 +715,34 @@ on_read_now (void)
   }
 }
 
+/* A client has read BUF.  If a disk starts with it that looks like an image, it may be
+ * that the base is served as one by mistake.
+ */
+static void
+look_for_container (struct handle *h, const void *buf, uint32_t count,
+                    uint64_t offset)
+{
+  if (offset == 0 && h->kind != VIEW_DIFF && h->kind != VIEW_FULL
+      && qcow2_is_image (buf, count) && !atomic_exchange (&h->looked, true))
+    identity_warn_of_container (h->export_name, &h->base);
+}
+
 static int
 cow_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
            uint64_t offset, uint32_t flags, int *err)
 {
-  const struct handle *h = handle;
+  struct handle *h = handle;
+  int r;
 
   log_request (h, "read", count, offset, "");
   if (h->view)
-    return view_read (h->view, &h->base, buf, count, offset, err);
-  return blk_read (live_disk (overlay_of (h->entry)), &h->base, on_read_now (),
-                   buf, count, offset, err);
+    r = view_read (h->view, &h->base, buf, count, offset, err);
+  else
+    r = blk_read (live_disk (overlay_of (h->entry)), &h->base, on_read_now (),
+                  buf, count, offset, err);
+  if (r == 0)
+    look_for_container (h, buf, count, offset);
+  return r;
 }
 
 /* FUA and flush have nothing to do: map and file die with the process, so that

@@ -50,11 +50,26 @@
 
 /* "Header extensions".  The last one is this filter's own: it marks the images
  * that the filter made.  Other programs skip and keep it.
+ *
+ *   0  "cow 1", 3 zero bytes; all there was at first
+ *   8  size of the base
+ *  16  bit 0: there is a checksum
+ *  20  the checksum
+ *  24  length of what the base is called
+ *  28  that text
+ *
+ * Readers ignore what may follow, and the other bits.
  */
 #define EXTENSION_END UINT32_C (0)
 #define EXTENSION_BACKING_FORMAT UINT32_C (0xe2792aca)
 #define EXTENSION_OURS UINT32_C (0x6e636f77) /* "ncow" */
 static const char ours[8] = "cow 1";
+#define O_SIZE 8
+#define O_FLAGS 16
+#define O_CHECKSUM 20
+#define O_ID_LENGTH 24
+#define O_ID 28
+#define OURS_HAS_CHECKSUM UINT32_C (1)
 
 /* Bits of L1 and L2 entries. */
 #define ENTRY_COPIED (UINT64_C (1) << 63)
@@ -188,6 +203,25 @@ encode_extension (struct encoder *e, uint32_t type, const void *data,
   return encode_bytes (e, data, length);
 }
 
+/* The extension of this filter. */
+static int
+encode_ours (struct encoder *e, const struct qcow2_base *base)
+{
+  char data[O_ID + QCOW2_MAX_BASE_ID];
+
+  memcpy (data, ours, sizeof ours);
+  if (!base || !base->known)
+    return encode_extension (e, EXTENSION_OURS, data, sizeof ours);
+
+  const size_t length = strlen (base->id);
+  put64 (data, O_SIZE, base->size);
+  put32 (data, O_FLAGS, base->has_checksum ? OURS_HAS_CHECKSUM : 0);
+  put32 (data, O_CHECKSUM, base->has_checksum ? base->checksum : 0);
+  put32 (data, O_ID_LENGTH, (uint32_t) length);
+  memcpy (data + O_ID, base->id, length);
+  return encode_extension (e, EXTENSION_OURS, data, O_ID + length);
+}
+
 int
 qcow2_encode_header (void *cluster, const struct qcow2_geometry *g,
                      const struct qcow2_layout *layout)
@@ -217,7 +251,7 @@ qcow2_encode_header (void *cluster, const struct qcow2_geometry *g,
                            strlen (layout->backing_format))
            == -1)
     return -1;
-  if (encode_extension (&e, EXTENSION_OURS, ours, sizeof ours) == -1
+  if (encode_ours (&e, layout->base) == -1
       || encode_extension (&e, EXTENSION_END, NULL, 0) == -1)
     return -1;
 
@@ -359,6 +393,50 @@ decode_version_3 (const void *buf, size_t length, struct qcow2_header *h,
   return 0;
 }
 
+bool
+qcow2_is_base_id (const char *text)
+{
+  size_t length = 0;
+
+  for (; text[length]; ++length) {
+    const unsigned char c = (unsigned char) text[length];
+
+    if (c < ' ' || c == 0x7f)
+      return false;
+  }
+  return length >= 1 && length <= QCOW2_MAX_BASE_ID;
+}
+
+/* The extension of this filter: LENGTH bytes that are at AT of the file. */
+static int
+decode_ours (const char *data, size_t length, size_t at,
+             struct qcow2_header *h, struct qcow2_fault *fault)
+{
+  struct qcow2_base *base = &h->base;
+
+  h->ours = true;
+  memset (base, 0, sizeof *base);
+  if (length <= O_SIZE)
+    return 0;
+  if (length < O_ID)
+    return refuse (fault, at, "what it says of its base is cut short");
+
+  const uint32_t id_length = get32 (data, O_ID_LENGTH);
+  if (id_length > MIN (length - O_ID, QCOW2_MAX_BASE_ID))
+    return refuse (fault, at + O_ID_LENGTH,
+                   "the name of its base is too long");
+  memcpy (base->id, data + O_ID, id_length);
+  if (id_length > 0
+      && (strlen (base->id) != id_length || !qcow2_is_base_id (base->id)))
+    return refuse (fault, at + O_ID, "the name of its base is no text");
+
+  base->known = true;
+  base->size = get64 (data, O_SIZE);
+  base->has_checksum = get32 (data, O_FLAGS) & OURS_HAS_CHECKSUM;
+  base->checksum = get32 (data, O_CHECKSUM);
+  return 0;
+}
+
 /* "Header extensions": from AT on, to the end that is marked or END. */
 static int
 decode_extensions (const void *buf, size_t at, size_t end,
@@ -372,18 +450,26 @@ decode_extensions (const void *buf, size_t at, size_t end,
       return 0;
     if (length > end - at - 8)
       return refuse (fault, at, "a header extension is too long");
-    if (type == EXTENSION_OURS)
-      h->ours = true;
+
+    const char *data = (const char *) buf + at + 8;
+    if (type == EXTENSION_OURS
+        && decode_ours (data, length, at + 8, h, fault) == -1)
+      return -1;
+    if (type == EXTENSION_BACKING_FORMAT && length <= QCOW2_MAX_FORMAT_NAME) {
+      memset (h->backing_format, 0, sizeof h->backing_format);
+      memcpy (h->backing_format, data, length);
+    }
     at += 8 + (size_t) length;
     at = MIN (ROUND_UP (at, (size_t) 8), end);
   }
   return 0;
 }
 
-/* The name of the backing file is not used, but must be where it may be. */
+/* The name of the backing file must be where it may be. */
 static int
 decode_backing_file (const void *buf, uint64_t header_area,
-                     struct qcow2_fault *fault, uint64_t *extensions_end)
+                     struct qcow2_header *h, struct qcow2_fault *fault,
+                     uint64_t *extensions_end)
 {
   const uint64_t offset = get64 (buf, H_BACKING_FILE_OFFSET);
   const uint32_t size = get32 (buf, H_BACKING_FILE_SIZE);
@@ -394,6 +480,7 @@ decode_backing_file (const void *buf, uint64_t header_area,
   if (size > QCOW2_MAX_BACKING_NAME || !is_inside (header_area, offset, size))
     return refuse (fault, H_BACKING_FILE_OFFSET,
                    "no valid name of a backing file");
+  memcpy (h->backing_file, (const char *) buf + offset, size);
   *extensions_end = offset;
   return 0;
 }
@@ -452,6 +539,14 @@ decode_reftable (const void *buf, uint64_t file_size, struct qcow2_header *h,
   return 0;
 }
 
+bool
+qcow2_is_image (const void *buf, size_t length)
+{
+  if (length < H_BACKING_FILE_OFFSET || get32 (buf, H_MAGIC) != MAGIC)
+    return false;
+  return get32 (buf, H_VERSION) == 2 || get32 (buf, H_VERSION) == 3;
+}
+
 int
 qcow2_decode_header (const void *buf, size_t length, uint64_t file_size,
                      struct qcow2_header *h, struct qcow2_fault *fault)
@@ -481,7 +576,7 @@ qcow2_decode_header (const void *buf, size_t length, uint64_t file_size,
   h->nr_snapshots = get32 (buf, H_NB_SNAPSHOTS);
 
   const uint64_t header_area = MIN (qcow2_cluster_size (h), length);
-  if (decode_backing_file (buf, header_area, fault, &extensions_end) == -1)
+  if (decode_backing_file (buf, header_area, h, fault, &extensions_end) == -1)
     return -1;
   if (extensions_end > header_length
       && decode_extensions (buf, header_length, (size_t) extensions_end, h,

@@ -28,8 +28,27 @@
 /* Some readers refuse files that are shorter. */
 #define QCOW2_MIN_FILE_SIZE (UINT64_C (192) << 10)
 
-/* The longest name of a backing file. */
+/* The longest name of a backing file, and of its format. */
 #define QCOW2_MAX_BACKING_NAME 1023
+#define QCOW2_MAX_FORMAT_NAME 15
+
+/* What a diff of this filter says of the base that it was made over, so that it is not
+ * laid over another one.  In the filter's header extension.
+ */
+#define QCOW2_MAX_BASE_ID 255
+struct qcow2_base {
+  bool known; /* is anything of this said at all? */
+  bool has_checksum;
+  uint32_t checksum; /* of the first bytes of the base */
+  uint64_t size;     /* of the base, in bytes */
+  char
+    id[QCOW2_MAX_BASE_ID + 1]; /* what the user calls the base; "": nothing */
+};
+
+/* May TEXT be the name of a base?  1 to QCOW2_MAX_BASE_ID bytes, no control
+ * characters.
+ */
+extern bool qcow2_is_base_id (const char *text);
 
 /*----------------------------------------------------------------------
  * Geometry of images that are written
@@ -100,8 +119,9 @@ struct qcow2_layout {
   uint64_t l1_offset;
   uint64_t reftable_offset;
   uint64_t reftable_clusters;
-  const char *backing_file;   /* NULL: none */
-  const char *backing_format; /* NULL: not said */
+  const char *backing_file;      /* NULL: none */
+  const char *backing_format;    /* NULL: not said */
+  const struct qcow2_base *base; /* NULL: not said */
 };
 
 /* Fill a cluster with the header, its extensions, the name of the backing file,
@@ -151,6 +171,10 @@ struct qcow2_header {
   bool extended_l2;
   bool zstd; /* how clusters are compressed; else with zlib */
   bool ours; /* has the header extension of this filter */
+  struct qcow2_base base;
+  /* "": none, or not said.  Any bytes. */
+  char backing_file[QCOW2_MAX_BACKING_NAME + 1];
+  char backing_format[QCOW2_MAX_FORMAT_NAME + 1];
 };
 
 /* What is wrong with an image, and where. */
@@ -163,6 +187,9 @@ struct qcow2_fault {
  * a shorter file.
  */
 #define QCOW2_HEADER_BYTES 65536
+
+/* Do these LENGTH bytes, with which a file or disk starts, look like a qcow2 image? */
+extern bool qcow2_is_image (const void *buf, size_t length);
 
 /* Decode and check the header of a file of FILE_SIZE bytes that starts with the
  * LENGTH bytes in BUF.  -1 and FAULT if this filter cannot or must not read such

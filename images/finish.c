@@ -269,6 +269,7 @@ finish_header (struct finish *f)
     .reftable_clusters = qcow2_clusters (g, f->nr_refcount_blocks * 8),
     .backing_file = f->s->backing_file,
     .backing_format = f->s->backing_format,
+    .base = f->s->base,
   };
 
   CLEANUP_FREE char *header = malloc (g->cluster_size);

@@ -122,6 +122,7 @@ plan_header (struct image *im)
     .l1_offset = im->l1_start * g->cluster_size,
     .backing_file = im->s.backing_file,
     .backing_format = im->s.backing_format,
+    .base = im->s.base,
   };
 
   im->header = malloc (g->cluster_size);

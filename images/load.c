@@ -158,6 +158,12 @@ load_is_ours (const struct loaded *image)
   return image->header.ours;
 }
 
+const struct qcow2_header *
+load_header (const struct loaded *image)
+{
+  return &image->header;
+}
+
 /*----------------------------------------------------------------------
  * The transfer
  */

@@ -15,6 +15,7 @@
 
 #include "base.h"
 #include "blk.h"
+#include "format/qcow2.h"
 
 /* An image that was opened and checked.  Constant until it is closed, so any
  * number of threads may use it.
@@ -43,6 +44,9 @@ extern uint64_t load_changed_bytes (const struct loaded *image);
 
 /* Did this filter make it? */
 extern bool load_is_ours (const struct loaded *image);
+
+/* All that its header says. */
+extern const struct qcow2_header *load_header (const struct loaded *image);
 
 /* Write its data clusters to OVERLAY, zero its zero clusters, and leave the
  * unallocated ones as they are ("Cluster mapping").  What is beyond the end of

@@ -41,6 +41,7 @@ struct image_source {
   struct qcow2_geometry geometry;
   const char *backing_file;         /* NULL: none */
   const char *backing_format;       /* NULL: not said */
+  const struct qcow2_base *base;    /* NULL: not said */
   const struct image_data *of_base; /* for a full image; NULL: a diff */
 };
 

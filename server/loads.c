@@ -25,6 +25,7 @@
 #include "common/cleanup.h"
 #include "images/load.h"
 #include "server/descriptors.h"
+#include "server/identity.h"
 #include "server/loads.h"
 #include "server/locks.h"
 #include "server/names.h"
@@ -46,6 +47,7 @@ struct load_source {
 };
 
 struct loads {
+  bool any_base;
   size_t count;
   struct load_source sources[];
 };
@@ -321,7 +323,7 @@ check_missing (const struct load_source *s, const char *save_name)
 }
 
 static int
-open_source (struct load_source *s, const char *save_name)
+open_source (struct load_source *s, const struct loads_options *options)
 {
   enum outcome outcome;
 
@@ -338,7 +340,7 @@ open_source (struct load_source *s, const char *save_name)
   case OPENED:
     return 0;
   case MISSING:
-    return check_missing (s, save_name);
+    return check_missing (s, options->save_name);
   case IN_USE:
     return refuse_in_use (s->name);
   case FAILED:
@@ -349,7 +351,8 @@ open_source (struct load_source *s, const char *save_name)
 
 /* Add the source NAME. */
 static int
-add_source (struct loads *l, const char *name, const char *save_name)
+add_source (struct loads *l, const char *name,
+            const struct loads_options *options)
 {
   struct load_source *s = &l->sources[l->count++];
 
@@ -360,11 +363,12 @@ add_source (struct loads *l, const char *name, const char *save_name)
     if (are_one_pipe (&l->sources[i], s))
       return refuse (name, "is named twice, and can be read only once; leave "
                            "out one of them");
-  return open_source (s, save_name);
+  return open_source (s, options);
 }
 
 struct loads *
-loads_new (const char *const *names, size_t count, const char *save_name)
+loads_new (const char *const *names, size_t count,
+           const struct loads_options *options)
 {
   struct loads *l = calloc (1, sizeof *l + count * sizeof l->sources[0]);
 
@@ -372,8 +376,9 @@ loads_new (const char *const *names, size_t count, const char *save_name)
     nbdkit_error ("cow: out of memory");
     return NULL;
   }
+  l->any_base = options->any_base;
   for (size_t i = 0; i < count; ++i) {
-    if (add_source (l, names[i], save_name) == -1) {
+    if (add_source (l, names[i], options) == -1) {
       loads_free (l);
       return NULL;
     }
@@ -420,10 +425,25 @@ loads_has_only (const struct loads *l, const char *path)
          && source_is (&l->sources[0], path);
 }
 
+/* An export whose images are being brought in. */
+struct loading {
+  const struct loads *loads;
+  struct overlay *overlay;
+  const struct base *base;
+  struct qcow2_base *identity; /* of the base */
+  bool has_image;              /* one was brought in already */
+};
+
 static int
-apply_image (const struct loaded *image, const char *name,
-             struct overlay *overlay, const struct base *base)
+apply_image (struct loading *to, const struct loaded *image, const char *name)
 {
+  const struct base *base = to->base;
+  const struct qcow2_header *header = load_header (image);
+  const struct identity_below below = {
+    .identity = to->identity,
+    .base = base,
+    .overlay = to->has_image ? to->overlay : NULL,
+  };
   const uint64_t size = load_disk_size (image);
 
   if (size != ROUND_UP (base->size, UINT64_C (512))) {
@@ -433,13 +453,20 @@ apply_image (const struct loaded *image, const char *name,
                   name, size, base->size);
     return -1;
   }
-  return load_into (image, overlay, base);
+  if (!to->loads->any_base) {
+    if (identity_check (name, header, &below) == -1)
+      return -1;
+    if (!to->has_image && !to->identity->id[0])
+      memcpy (to->identity->id, header->base.id, sizeof to->identity->id);
+  }
+  to->has_image = true;
+  return load_into (image, to->overlay, base);
 }
 
 /* The image of an export in a directory, if there is one. */
 static int
-apply_from_directory (const struct load_source *s, const char *export_name,
-                      struct overlay *overlay, const struct base *base)
+apply_from_directory (struct loading *to, const struct load_source *s,
+                      const char *export_name)
 {
   CLEANUP_FREE char *name = names_of_export (export_name);
   CLEANUP_FREE char *path = name ? names_join (s->path, name) : NULL;
@@ -454,7 +481,7 @@ apply_from_directory (const struct load_source *s, const char *export_name,
 
   switch (open_image (path, path, &o)) {
   case OPENED:
-    r = apply_image (o.image, path, overlay, base);
+    r = apply_image (to, o.image, path);
     close_image (&o);
     return r;
   case MISSING:
@@ -469,16 +496,20 @@ apply_from_directory (const struct load_source *s, const char *export_name,
 
 int
 loads_apply (const struct loads *l, const char *export_name,
-             struct overlay *overlay, const struct base *base)
+             struct overlay *overlay, const struct base *base,
+             struct qcow2_base *identity)
 {
+  struct loading to
+    = { .loads = l, .overlay = overlay, .base = base, .identity = identity };
+
   for (size_t i = 0; i < l->count; ++i) {
     const struct load_source *s = &l->sources[i];
     int r = 0;
 
     if (s->is_directory)
-      r = apply_from_directory (s, export_name, overlay, base);
+      r = apply_from_directory (&to, s, export_name);
     else if (s->file.image)
-      r = apply_image (s->file.image, s->name, overlay, base);
+      r = apply_image (&to, s->file.image, s->name);
     if (r == -1)
       return -1;
   }

@@ -10,16 +10,24 @@
 
 #include "base.h"
 #include "blk.h"
+#include "format/qcow2.h"
 
 struct loads;
 
+struct loads_options {
+  /* A file that is missing counts as empty if this is that file too.  NULL: none. */
+  const char *save_name;
+
+  /* Load also what was made over another base. */
+  bool any_base;
+};
+
 /* Open and check the files and all files of the directories NAMES, of which there
- * are COUNT; later ones will lie on top.  A file that is missing counts as empty if
- * SAVE_NAME (NULL: none) is that file too.  NULL if the server is not to start,
- * which was reported.
+ * are COUNT; later ones will lie on top.  OPTIONS is only used now.  NULL if the server
+ * is not to start, which was reported.
  */
 extern struct loads *loads_new (const char *const *names, size_t count,
-                                const char *save_name);
+                                const struct loads_options *options);
 extern void loads_free (struct loads *loads);
 
 /* Is the file PATH (see names_resolve) one of the names, or an image in a directory
@@ -30,11 +38,13 @@ extern bool loads_has (const struct loads *loads, const char *path);
 /* Is it all that is loaded?  Not if it is missing. */
 extern bool loads_has_only (const struct loads *loads, const char *path);
 
-/* Bring what there is for an export into its overlay, which nobody else uses yet.
- * Caller holds no lock that a request takes.  -1 if the export is to be refused,
- * which was reported.
+/* Bring what there is for an export into its overlay, which nobody else uses yet, and
+ * whose base is called IDENTITY.  That takes over a name of the base from the lowest
+ * image, if it has none.  Caller holds no lock that a request takes.  -1 if the export
+ * is to be refused, which was reported.
  */
 extern int loads_apply (const struct loads *loads, const char *export_name,
-                        struct overlay *overlay, const struct base *base);
+                        struct overlay *overlay, const struct base *base,
+                        struct qcow2_base *identity);
 
 #endif /* COW_LOADS_H */

@@ -7,6 +7,7 @@
 
 #include <config.h>
 
+#include <ctype.h>
 #include <errno.h>
 #include <limits.h>
 #include <stdbool.h>
@@ -104,6 +105,21 @@ is_special (const char *name, size_t i)
 
   return c <= ' ' || c == 0x7f || c == '%' || c == '/'
          || (i == 0 && (c == '.' || strcmp (name, "default") == 0));
+}
+
+struct printable
+printable (const char *name)
+{
+  struct printable p;
+  size_t i;
+
+  for (i = 0; name[i] && i < sizeof p.text - 1; ++i) {
+    const char c = name[i];
+
+    p.text[i] = (char) (iscntrl ((unsigned char) c) ? '?' : c);
+  }
+  p.text[i] = '\0';
+  return p;
 }
 
 char *

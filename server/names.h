@@ -1,9 +1,17 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Names of files. */
+/* Names of files, and of what others have named. */
 
 #ifndef COW_NAMES_H
 #define COW_NAMES_H
+
+/* A name that was not made here (a client's for an export, one in an image) as it may
+ * stand in a log: in one line, and not too long.
+ */
+struct printable {
+  char text[256];
+};
+extern struct printable printable (const char *name);
 
 /* Where a file of the name PATH is, or would be made: an absolute path without
  * symbolic links.  Its directory must exist.  In memory that the caller frees; NULL

@@ -14,7 +14,6 @@
 
 #include <config.h>
 
-#include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <pthread.h>
@@ -29,7 +28,9 @@
 #include "blk.h"
 #include "common/cleanup.h"
 #include "common/debug.h"
+#include "server/identity.h"
 #include "server/loads.h"
+#include "server/names.h"
 #include "server/locks.h"
 #include "server/overlays.h"
 #include "server/save.h"
@@ -41,6 +42,8 @@ struct overlay_entry {
   struct overlay *overlay;  /* constant */
   struct file_lock *target; /* constant: on what it replaces, or NULL */
   uint64_t users;           /* connections; guarded by the set's lock */
+  struct qcow2_base base;   /* set while it is loaded, if that is wanted; then
+                             * constant */
   pthread_mutex_t lock;     /* held while it is loaded; guards views */
   struct shared_view {
     struct view *view; /* NULL: nobody has it */
@@ -57,12 +60,12 @@ struct overlays {
   struct overlays_options options; /* constant */
   char *dir;                       /* constant: of the overlay files */
   pthread_mutex_t lock;            /* guards what follows */
-  void *by_name;      /* tree (tsearch) of those of SCOPE_EXPORT */
-  uint64_t count;     /* of all overlays */
-  bool ending;        /* no new users */
-  bool had_user;      /* somebody has had an overlay, loaded; */
-  uint64_t size;      /* that was the size of its disk */
-  bool saved;         /* the one image, if there is one */
+  void *by_name;          /* tree (tsearch) of those of SCOPE_EXPORT */
+  uint64_t count;         /* of all overlays */
+  bool ending;            /* no new users */
+  bool had_user;          /* somebody has had an overlay, loaded; */
+  struct qcow2_base base; /* that was its base */
+  bool saved;             /* the one image, if there is one */
   char *default_name; /* of the plugin's default export; NULL: nobody asked */
 };
 
@@ -202,26 +205,6 @@ new_entry (const struct overlays *s, const char *name, uint64_t size)
   return entry;
 }
 
-/* A client's name for an export as it may stand in a log: in one line. */
-struct printable {
-  char text[128];
-};
-
-static struct printable
-printable (const char *name)
-{
-  struct printable p;
-  size_t i;
-
-  for (i = 0; name[i] && i < sizeof p.text - 1; ++i) {
-    const char c = name[i];
-
-    p.text[i] = (char) (iscntrl ((unsigned char) c) ? '?' : c);
-  }
-  p.text[i] = '\0';
-  return p;
-}
-
 /* Caller holds the lock.  NULL: there is none. */
 static struct overlay_entry *
 find (struct overlays *s, const char *name)
@@ -331,6 +314,38 @@ find_or_add (struct overlays *s, const char *name, uint64_t size)
   return entry;
 }
 
+/* Find out what the diff of an overlay is to say of its base. */
+static void
+learn_base (const struct overlays *s, struct overlay_entry *entry,
+            const struct base *base)
+{
+  int err;
+
+  if (identity_read (&entry->base, base, s->options.base_id, &err) == 0)
+    return;
+  /* A base of which some bytes cannot be read is served all the same. */
+  if (s->options.save)
+    nbdkit_error ("cow: warning: export \"%s\": the first bytes of the base "
+                  "cannot be read: %s; the diff will have no checksum by "
+                  "which it could be told from the diff of another base",
+                  printable (entry->name).text, strerror (err));
+}
+
+/* Caller holds the lock of the entry. */
+static enum entry_state
+fill_entry (const struct overlays *s, struct overlay_entry *entry,
+            const struct base *base)
+{
+  if (s->options.save || s->options.loads)
+    learn_base (s, entry, base);
+  if (s->options.loads
+      && loads_apply (s->options.loads, entry->name, entry->overlay, base,
+                      &entry->base)
+           == -1)
+    return ENTRY_FAILED;
+  return ENTRY_READY;
+}
+
 /* Load what there is, if that was not done.  -1 if it failed, which was reported. */
 static int
 load_entry (const struct overlays *s, struct overlay_entry *entry,
@@ -342,12 +357,7 @@ load_entry (const struct overlays *s, struct overlay_entry *entry,
   LOCK_FOR_SCOPE (&entry->lock);
 
   if (entry->state == ENTRY_NEW)
-    entry->state = !s->options.loads
-                       || loads_apply (s->options.loads, entry->name,
-                                       entry->overlay, base)
-                            == 0
-                     ? ENTRY_READY
-                     : ENTRY_FAILED;
+    entry->state = fill_entry (s, entry, base);
   return entry->state == ENTRY_READY ? 0 : -1;
 }
 
@@ -366,7 +376,7 @@ overlays_get (struct overlays *s, const char *name, const struct base *base)
   LOCK_FOR_SCOPE (&s->lock);
   if (!s->ending) {
     s->had_user = true;
-    s->size = base->size;
+    s->base = entry->base;
   }
   return entry;
 }
@@ -416,7 +426,8 @@ overlays_get_view (struct overlays *s, struct overlay_entry *entry,
   struct shared_view *shared = &entry->views[kind];
 
   if (!shared->view) {
-    shared->view = view_new (kind, entry->overlay, &s->options.view);
+    shared->view
+      = view_new (kind, entry->overlay, &entry->base, &s->options.view);
     if (!shared->view)
       return NULL;
     VERBOSE ("export \"%s\": frozen for %s", entry->name,
@@ -587,19 +598,20 @@ begin_ending (struct overlays *s, struct entry_list *list)
 }
 
 static int
-save_one (struct overlays *s, const char *name, struct overlay *overlay)
+save_one (struct overlays *s, const char *name, struct overlay *overlay,
+          const struct qcow2_base *base)
 {
   /* From then on nobody else uses the file. */
   overlay_cut_views (overlay);
   s->saved = true;
-  return save_overlay (s->options.save, s->options.loads, name, overlay);
+  return save_overlay (s->options.save, s->options.loads, name, overlay, base);
 }
 
-/* Save an overlay in which there is nothing, for a disk of SIZE bytes. */
+/* Save an overlay in which there is nothing, of the base that was there last. */
 static int
-save_empty (struct overlays *s, uint64_t size)
+save_empty (struct overlays *s)
 {
-  struct overlay *overlay = overlay_new (size, &s->options.overlay);
+  struct overlay *overlay = overlay_new (s->base.size, &s->options.overlay);
   int r;
 
   if (!overlay) {
@@ -608,7 +620,7 @@ save_empty (struct overlays *s, uint64_t size)
     return -1;
   }
   overlay_close (overlay);
-  r = save_one (s, "", overlay);
+  r = save_one (s, "", overlay, &s->base);
   overlay_free (overlay);
   return r;
 }
@@ -623,7 +635,7 @@ save_list (struct overlays *s, const struct entry_list *list)
     const struct overlay_entry *entry = list->entries[i];
 
     if ((!per_export || overlay_is_changed (entry->overlay))
-        && save_one (s, entry->name, entry->overlay) == -1)
+        && save_one (s, entry->name, entry->overlay, &entry->base) == -1)
       r = -1;
   }
   return r;
@@ -659,7 +671,7 @@ overlays_save (struct overlays *s)
   /* Those who were there have left nothing behind. */
   if (!s->saved && s->had_user && list.count == 0
       && !save_is_per_export (s->options.save))
-    r = save_empty (s, s->size);
+    r = save_empty (s);
   free (list.entries);
   return r;
 }
@@ -687,7 +699,7 @@ overlays_save_base (struct overlays *s, const struct base *base)
   }
   if (load_entry (s, entry, base) == 0) {
     overlay_close (entry->overlay);
-    r = save_one (s, "", entry->overlay);
+    r = save_one (s, "", entry->overlay, &entry->base);
   }
   free_entry (entry);
   return r;

@@ -28,6 +28,7 @@ struct overlays_options {
   struct overlay_options overlay; /* its dir and fate are not looked at */
   struct save *save;              /* NULL: they are thrown away */
   struct loads *loads;
+  const char *base_id;      /* what the user calls the base; NULL: nothing */
   struct view_options view; /* of the images of views */
 };
 

@@ -523,7 +523,8 @@ keep (struct job *j)
 
 int
 save_overlay (struct save *s, const struct loads *loads,
-              const char *export_name, struct overlay *overlay)
+              const char *export_name, struct overlay *overlay,
+              const struct qcow2_base *base)
 {
   struct job j = {
     .s = s,
@@ -532,7 +533,8 @@ save_overlay (struct save *s, const struct loads *loads,
     .overlay = overlay,
     .source = { .map = overlay_map (overlay),
                 .store = overlay_store (overlay),
-                .geometry = overlay_tables (overlay)->geometry },
+                .geometry = overlay_tables (overlay)->geometry,
+                .base = base },
   };
   CLEANUP_FREE char *path = NULL;
   int r;

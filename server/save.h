@@ -72,10 +72,12 @@ extern int save_check_export (const struct save *save,
                               const char *export_name,
                               struct file_lock **lock);
 
-/* Save an overlay, which is closed, and whose views were cut off.  -1 if that failed; then the overlay was kept
- * elsewhere if that was possible at all, and all was reported.
+/* Save an overlay, which is closed, and whose views were cut off.  BASE is what the image
+ * is to say of its base.  -1 if that failed; then the overlay was kept elsewhere if that
+ * was possible at all, and all was reported.
  */
 extern int save_overlay (struct save *save, const struct loads *loads,
-                         const char *export_name, struct overlay *overlay);
+                         const char *export_name, struct overlay *overlay,
+                         const struct qcow2_base *base);
 
 #endif /* COW_SAVE_H */

@@ -22,6 +22,7 @@
 #include "common/debug.h"
 #include "common/lock.h"
 #include "images/image.h"
+#include "server/identity.h"
 #include "server/views.h"
 
 /* Extents of the base are asked for so many bytes at a time: in blocks of 512 bytes
@@ -43,6 +44,7 @@ struct view {
   const struct view_options *options;
   struct overlay *overlay;   /* NULL: of the base */
   struct frozen_map *frozen; /* likewise */
+  struct qcow2_base base;    /* likewise */
   struct mutex lock;         /* held while the image is planned */
   struct image *image; /* NULL: not planned yet; then constant, as is... */
   struct image_data of_base;
@@ -114,6 +116,7 @@ views_list (struct nbdkit_exports *exports, enum view_kind last)
 
 struct view *
 view_new (enum view_kind kind, struct overlay *overlay,
+          const struct qcow2_base *identity,
           const struct view_options *options)
 {
   struct view *v = calloc (1, sizeof *v);
@@ -126,6 +129,7 @@ view_new (enum view_kind kind, struct overlay *overlay,
   v->options = options;
   v->overlay = overlay;
   if (overlay) {
+    v->base = *identity;
     v->frozen = overlay_freeze (overlay);
     if (!v->frozen) {
       if (errno == ESHUTDOWN)
@@ -220,6 +224,7 @@ plan (struct view *v, const struct base *base)
   const struct view_options *o = v->options;
   struct image_source source = { .map = &v->frozen->map };
   CLEANUP_FREE char *made_up = NULL;
+  int err;
 
   assert_held (&v->lock);
   if (qcow2_geometry_init (&source.geometry, base->size, o->block_size,
@@ -233,9 +238,15 @@ plan (struct view *v, const struct base *base)
       return -1;
     source.of_base = &v->of_base;
   }
-  else if (image_set_backing (&source, o->backing, o->backing_format, &made_up)
-           == -1)
-    return -1;
+  else {
+    if (image_set_backing (&source, o->backing, o->backing_format, &made_up)
+        == -1)
+      return -1;
+    /* Without a checksum, where the base cannot be read. */
+    if (!v->base.known)
+      (void) identity_read (&v->base, base, o->base_id, &err);
+    source.base = &v->base;
+  }
   v->image = image_plan (&source);
   return v->image ? 0 : -1;
 }

@@ -59,6 +59,10 @@ qemu-img snapshot -c first snapshots.qcow2
 qemu-io -f qcow2 -c "write -P 2 2k 4k" snapshots.qcow2 >/dev/null
 image backing 32k cluster_size=512 "write -P 1 0 4k" "write -z 8k 1k"
 qemu-img rebase -q -u -b 'json:{"driver":"raw","file":{"driver":"null-co","size":32768,"read-zeroes":true}}' -F raw backing.qcow2
+# One of this filter, that says of its base all that there is to say.
+image ours 32k cluster_size=4k "write -P 1 0 4k"
+printf 'ncow\0\0\0\040cow 1\0\0\0\0\0\0\0\0\0\200\0\0\0\0\001\022\064\126\170\0\0\0\004base\0\0\0\0\0\0\0\0' |
+    dd of=ours.qcow2 bs=1 seek=112 conv=notrunc status=none
 image bitmaps 32k cluster_size=512
 qemu-img bitmap --add bitmaps.qcow2 one
 # Long ones are of no use: each byte of them costs time.

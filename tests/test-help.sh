@@ -10,9 +10,9 @@
     $TEST_WRAPPER "$NBDKIT" --filter="$FILTER" null --help >"$tmp/help"
     $TEST_WRAPPER "$NBDKIT" --filter="$FILTER" null --version >"$tmp/version"
 }
-for parameter in cow-block-size cow-detect-zeroes cow-load cow-on-read \
+for parameter in cow-base-check cow-base-id cow-block-size cow-detect-zeroes cow-load cow-on-read \
     cow-on-cache cow-save cow-save-backing cow-save-backing-format \
-    cow-save-compact cow-save-format cow-scope cow-max-overlays; do
+    cow-save-compact cow-save-format cow-scope cow-max-overlays cow-views; do
     grep -q "^$parameter=" "$tmp/help" || die "the help does not have $parameter"
 done
 # In lines that fit a terminal.

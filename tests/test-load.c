@@ -248,6 +248,7 @@ struct hostile {
 #define BLOCK_MESSAGE "a refcount block lies where something else does"
 #define PACKED_MESSAGE "a compressed cluster lies where something else does"
 #define EXPAND_MESSAGE "a compressed cluster does not expand to one cluster"
+#define OURS 0x6e636f77 /* the type of this filter's header extension */
 #define FEATURE_MESSAGE "it has an incompatible feature that is not known"
 
 /* Offsets in messages: of the field or entry that is wrong.  The first L1 entry
@@ -320,6 +321,26 @@ static const struct hostile hostile[] = {
     { { 112, 4, 1 }, { 116, 4, C - 119 } } },
   { "offset 112: a header extension is too long",
     { { 112, 4, 1 }, { 116, 4, UINT32_MAX } } },
+  { "offset 120: what it says of its base is cut short",
+    { { 112, 4, OURS }, { 116, 4, 9 } } },
+  { "offset 120: what it says of its base is cut short",
+    { { 112, 4, OURS }, { 116, 4, 27 } } },
+  { "offset 144: the name of its base is too long",
+    { { 112, 4, OURS }, { 116, 4, 28 }, { 144, 4, 1 } } },
+  { "offset 144: the name of its base is too long",
+    { { 112, 4, OURS }, { 116, 4, 1024 }, { 144, 4, 256 } } },
+  { "offset 144: the name of its base is too long",
+    { { 112, 4, OURS }, { 116, 4, 1024 }, { 144, 4, UINT32_MAX } } },
+  { "offset 148: the name of its base is no text",
+    { { 112, 4, OURS },
+      { 116, 4, 36 },
+      { 144, 4, 5 },
+      { 148, 8, 0x6100610061006100 } } },
+  { "offset 148: the name of its base is no text",
+    { { 112, 4, OURS },
+      { 116, 4, 36 },
+      { 144, 4, 4 },
+      { 148, 4, 0x611b5b32 } } },
   { "offset 4096: the L1 table overlaps the refcount table",
     { { 40, 8, REFTABLE } } },
   { "offset 8192: the L1 table overlaps the refcount table",
@@ -705,6 +726,12 @@ harmless_things_in_the_header (void **state)
   put (small, 8, 8, 512);         /* a backing file, which is not opened */
   put (small, 16, 4, 9);
   put_bytes (small + 512, "/dev/null", 9);
+  put_bytes (small + 128, "\xe2\x79\x2a\xca\0\0\0\x05qcow2\0\0\0", 16);
+  /* What qemu would not take for a format is none. */
+  put_bytes (small + 144,
+             "\xe2\x79\x2a\xca\0\0\0\x10"
+             "a format too long",
+             24);
   put_bytes (small + 112,
              "ncow\0\0\0\x08"
              "cow 1\0\0\0",
@@ -723,6 +750,9 @@ harmless_things_in_the_header (void **state)
   assert_non_null (image);
   assert_int_equal (nr_errors, 0);
   assert_true (load_is_ours (image));
+  assert_false (load_header (image)->base.known);
+  assert_string_equal (load_header (image)->backing_file, "/dev/null");
+  assert_string_equal (load_header (image)->backing_format, "qcow2");
   assert_true (pread (warnings, text, sizeof text - 1, 0) > 0);
   assert_string_equal (text, "nbdkit: cow: warning: cow-load=" NAME
                              ": its internal snapshots (3) are ignored\n");

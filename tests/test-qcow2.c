@@ -174,8 +174,9 @@ static uint8_t cluster[2 * MiB];
  * from cluster 2 on.
  */
 static int
-encode (uint32_t block_size, enum qcow2_l2_format format,
-        const char *backing_file, const char *backing_format)
+encode_with_base (uint32_t block_size, enum qcow2_l2_format format,
+                  const char *backing_file, const char *backing_format,
+                  const struct qcow2_base *base)
 {
   struct qcow2_geometry g;
 
@@ -187,9 +188,18 @@ encode (uint32_t block_size, enum qcow2_l2_format format,
     .l1_offset = UINT64_C (2) * g.cluster_size,
     .backing_file = backing_file,
     .backing_format = backing_format,
+    .base = base,
   };
   memset (cluster, 'x', sizeof cluster);
   return qcow2_encode_header (cluster, &g, &layout);
+}
+
+static int
+encode (uint32_t block_size, enum qcow2_l2_format format,
+        const char *backing_file, const char *backing_format)
+{
+  return encode_with_base (block_size, format, backing_file, backing_format,
+                           NULL);
 }
 
 static struct qcow2_header
@@ -283,7 +293,135 @@ header_there_and_back (void **state)
         assert_int_equal (h.nr_snapshots, 0);
         assert_false (h.zstd);
         assert_true (h.ours);
+        assert_false (h.base.known);
+        assert_string_equal (h.backing_file, backing > 0 ? "disk.img" : "");
+        assert_string_equal (h.backing_format, backing > 1 ? "raw" : "");
       }
+}
+
+/* What an image says of its base is behind the eight bytes that were there at first, and
+ * which are all that older filters look at.
+ */
+static void
+base_by_its_bytes (void **state)
+{
+  struct qcow2_base base = { .known = true,
+                             .has_checksum = true,
+                             .checksum = 0x12345678,
+                             .size = GiB - 1,
+                             .id = "golden 7" };
+
+  (void) state;
+  assert_int_equal (encode_with_base (4096, QCOW2_PORTABLE, NULL, NULL, &base),
+                    0);
+  assert_memory_equal (cluster + 112,
+                       "ncow\0\0\0\x24"
+                       "cow 1\0\0\0"
+                       "\0\0\0\0\x3f\xff\xff\xff"
+                       "\0\0\0\x01\x12\x34\x56\x78"
+                       "\0\0\0\x08golden 7"
+                       "\0\0\0\0\0\0\0\0\0\0\0\0",
+                       56);
+  base.has_checksum = false;
+  base.id[0] = '\0';
+  assert_int_equal (encode_with_base (4096, QCOW2_PORTABLE, NULL, NULL, &base),
+                    0);
+  assert_memory_equal (cluster + 112,
+                       "ncow\0\0\0\x1c"
+                       "cow 1\0\0\0"
+                       "\0\0\0\0\x3f\xff\xff\xff"
+                       "\0\0\0\0\0\0\0\0\0\0\0\0",
+                       36);
+}
+
+static void
+base_there_and_back (void **state)
+{
+  struct qcow2_base base
+    = { .known = true, .has_checksum = true, .checksum = UINT32_MAX };
+  char name[QCOW2_MAX_BACKING_NAME + 1];
+
+  (void) state;
+  memset (name, 'n', sizeof name - 1);
+  name[sizeof name - 1] = '\0';
+  memset (base.id, 'i', QCOW2_MAX_BASE_ID);
+  for (unsigned i = 0; i < 3; ++i) {
+    assert_int_equal (
+      encode_with_base (4096, QCOW2_PORTABLE, name, "fifteen letters", &base),
+      0);
+
+    /* All of it is in the first page. */
+    for (unsigned byte = 4096; byte < 8192; ++byte)
+      assert_int_equal (cluster[byte], 'x');
+
+    const struct qcow2_header h = decode ();
+    assert_true (h.base.known);
+    assert_int_equal (h.base.has_checksum, base.has_checksum);
+    assert_int_equal (h.base.checksum, base.checksum);
+    assert_true (h.base.size == base.size);
+    assert_string_equal (h.base.id, base.id);
+    assert_string_equal (h.backing_file, name);
+    assert_string_equal (h.backing_format, "fifteen letters");
+
+    base.size = i ? 1 : UINT64_MAX;
+    base.has_checksum = false;
+    base.checksum = 0;
+    base.id[i] = '\0';
+  }
+}
+
+static void
+names_of_a_base (void **state)
+{
+  char text[300] = "";
+
+  (void) state;
+  assert_true (qcow2_is_base_id ("golden-2026-11 (\xc3\xa4)"));
+  assert_false (qcow2_is_base_id (""));
+  assert_false (qcow2_is_base_id ("two\nlines"));
+  assert_false (qcow2_is_base_id ("\x1b[2J"));
+  assert_false (qcow2_is_base_id ("\x7f"));
+  memset (text, 'x', QCOW2_MAX_BASE_ID);
+  assert_true (qcow2_is_base_id (text));
+  text[QCOW2_MAX_BASE_ID] = 'x';
+  assert_false (qcow2_is_base_id (text));
+}
+
+/* A reader takes what a later filter has added for no fault, nor bits that it does not
+ * know.
+ */
+static void
+base_with_more_behind_it (void **state)
+{
+  const struct qcow2_base base = { .known = true, .size = 5, .id = "four" };
+
+  (void) state;
+  assert_int_equal (encode_with_base (4096, QCOW2_PORTABLE, NULL, NULL, &base),
+                    0);
+  assert_int_equal (cluster[119], 32);
+  cluster[119] = 200;
+  cluster[136] = 0x80;
+  const struct qcow2_header h = decode ();
+  assert_true (h.base.known);
+  assert_false (h.base.has_checksum);
+  assert_string_equal (h.base.id, "four");
+}
+
+static void
+images_by_their_first_bytes (void **state)
+{
+  (void) state;
+  assert_int_equal (encode (4096, QCOW2_PORTABLE, NULL, NULL), 0);
+  assert_true (qcow2_is_image (cluster, 512));
+  assert_true (qcow2_is_image (cluster, 8));
+  assert_false (qcow2_is_image (cluster, 7));
+  assert_false (qcow2_is_image (cluster, 0));
+  cluster[7] = 4;
+  assert_false (qcow2_is_image (cluster, 512));
+  cluster[7] = 2;
+  assert_true (qcow2_is_image (cluster, 512));
+  cluster[0] = 'q';
+  assert_false (qcow2_is_image (cluster, 512));
 }
 
 static void
@@ -655,6 +793,11 @@ main (void)
     cmocka_unit_test (counting_clusters),
     cmocka_unit_test (header_by_its_bytes),
     cmocka_unit_test (header_there_and_back),
+    cmocka_unit_test (base_by_its_bytes),
+    cmocka_unit_test (base_there_and_back),
+    cmocka_unit_test (names_of_a_base),
+    cmocka_unit_test (base_with_more_behind_it),
+    cmocka_unit_test (images_by_their_first_bytes),
     cmocka_unit_test (names_that_do_not_fit),
     cmocka_unit_test (header_cut_short),
     cmocka_unit_test (slots_by_their_bytes),
