@@ -6,15 +6,15 @@
 #
 #   fresh           no server, and a directory with just the files that commands are about
 #   run <<'END'     runs a command, which may go on in the next line after a backslash, and
-#   ...             sees that the base does not change.  test-documented-commands.sh looks
-#   END             for these lines in all scripts
+#   ...             sees that the base does not change, as long as there is $before.
+#   END             test-documented-commands.sh looks for these lines in all scripts
 #   join            makes one line of lines that go on in the next one
 #   stop_server     ends the servers that commands have left in the background
 #   is_the_disk     see there
 #
 # In front of the real programs stand small ones: nbdkit with this filter for
-# --filter=cow, and qemu without a window, which ends after it has started.  ./job writes
-# to the disk that it is given.  More can be put into $tmp/bin.
+# --filter=cow, qemu without a window, which ends after it has started, and ssh, to
+# $tmp/backup.  ./job writes to the disk that it is given.  More can be put into $tmp/bin.
 
 requires qemu-img --version
 requires nbdinfo --version
@@ -45,6 +45,10 @@ unset LD_PRELOAD
 echo "This is the job, with $1"
 qemu-io -f raw -c 'write -P 0x6a 100000 300000' -c 'write -z 1M 64k' "$1" &&
     nbdcopy "$1" seen.img
+END
+cat >"$tmp/bin/ssh" <<END
+#!/usr/bin/env bash
+[ \$# -eq 2 ] && [ "\$1" = backup ] && cd "$tmp/backup" && exec bash -c "\$2"
 END
 chmod +x "$tmp/bin/"* "$tmp/made/job"
 base_file "$tmp/made/disk.img" 2097152
@@ -102,7 +106,7 @@ run ()
     local line
     line=$(join)
     eval "$(adapt "$line")" || die "this command failed: $line"
-    [[ $line == "qemu-img commit "* ]] ||
+    [[ $line == "qemu-img commit "* || -z $before ]] ||
         [ "$(fingerprint disk.img)" = "$before" ] || die "the base changed: $line"
 }
 

@@ -16,11 +16,7 @@ requires jq --version
 xz -k "$tmp/made/disk.img"
 restic init -q
 
-# ssh is the directory of backups, and Ceph is disk.img.
-cat >"$tmp/bin/ssh" <<END
-#!/usr/bin/env bash
-[ \$# -eq 2 ] && [ "\$1" = backup ] && cd "$tmp/backup" && exec bash -c "\$2"
-END
+# Ceph is disk.img.
 cat >"$tmp/bin/rbd" <<'END'
 #!/usr/bin/env bash
 [ "$*" = "diff --format json --from-snap monday pool/disk@tuesday" ] || exit
