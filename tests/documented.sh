@@ -25,7 +25,7 @@ no_leak_check
 
 _real_nbdkit=$(command -v "$NBDKIT")
 _real_qemu=$(command -v qemu-system-x86_64) || skip "this needs: qemu-system-x86_64"
-mkdir "$tmp/bin" "$tmp/made" "$tmp/work"
+mkdir "${tmp:?}/bin" "$tmp/made" "$tmp/work"
 cat >"$tmp/bin/nbdkit" <<END
 #!/usr/bin/env bash
 set -- "\${@/#--filter=cow/--filter=$FILTER}"

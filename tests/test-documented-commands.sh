@@ -156,14 +156,6 @@ END
 run <<'END'
 qemu-img compare -f qcow2 -F raw 'nbd+unix:///@full.qcow2?socket=disk.sock' seen.img
 END
-run <<'END'
-qemu-system-x86_64 -m 1G -drive file='nbd+unix:///?socket=disk.sock',format=raw,if=virtio &
-END
-run <<'END'
-nbdcopy 'nbd+unix:///@snapshot?socket=disk.sock' - | restic backup --stdin --stdin-filename disk.img
-END
-wait $!
-restic dump latest disk.img | cmp - seen.img || die "the backup is not the disk"
 
 # Two minutes.
 fresh
