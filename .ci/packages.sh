@@ -13,8 +13,9 @@ packages_to_build="gcc libc6-dev make autoconf automake libtool pkgconf perl
 packages_to_demonstrate="libnbd-bin qemu-utils e2fsprogs"
 
 packages_to_test="$packages_to_demonstrate
-    python3-libnbd libcmocka-dev libnbd-dev binutils fio fuse3 jq procps
-    libvirt-clients qemu-system-x86 restic strace util-linux xz-utils"
+    python3-libnbd libcmocka-dev libnbd-dev binutils borgbackup fio fuse3 gnutls-bin
+    jq procps libvirt-clients qemu-system-x86 restic strace systemd util-linux
+    xz-utils"
 
 packages_to_measure="fio gnuplot-nox nbd-server python3-libnbd qemu-utils xz-utils"
 

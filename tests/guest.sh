@@ -111,25 +111,37 @@ _pack ()
     (cd "$1" && find . | "$_busybox" cpio -o -H newc 2>/dev/null)
 }
 
-run_guest ()
+# guest_prepare: takes the commands, and sets guest_options, of qemu: all but the disk.
+guest_prepare ()
 {
     # The commands come as a second archive; the kernel unpacks one after the other.
     mkdir -p "$tmp/commands.d"
     cat >"$tmp/commands.d/commands"
     { cat "$tmp/initramfs"; _pack "$tmp/commands.d"; } >"$tmp/initramfs.all"
 
-    timeout -k 5 "${guard:?}" qemu-system-x86_64 \
-        -nodefaults -no-user-config -nographic -no-reboot \
-        -accel tcg -cpu max -m 256M -nic none \
-        -kernel "$_kernel" -initrd "$tmp/initramfs.all" \
-        -append "console=ttyS0 quiet panic=-1 no_timer_check" \
-        -serial "file:$tmp/guest.console" \
-        -drive "file=$1,format=raw,if=virtio,discard=unmap" \
-        </dev/null >"$tmp/guest.qemu" 2>&1 ||
-        _guest_failed "qemu ended with status $?"
+    guest_options=(-nodefaults -no-user-config -nographic -no-reboot
+        -accel tcg -cpu max -m 256M -nic none
+        -kernel "$_kernel" -initrd "$tmp/initramfs.all"
+        -append "console=ttyS0 quiet panic=-1 no_timer_check"
+        -serial "file:$tmp/guest.console")
+}
+
+# guest_succeeded: the commands have, in a guest that has ended.
+guest_succeeded ()
+{
     tr -d '\r' <"$tmp/guest.console" >"$guest_log"
     grep -qxF "$guest_marker" "$guest_log" ||
         _guest_failed "a command in the guest failed"
+}
+
+run_guest ()
+{
+    guest_prepare
+    timeout -k 5 "${guard:?}" qemu-system-x86_64 "${guest_options[@]}" \
+        -drive "file=$1,format=raw,if=virtio,discard=unmap" \
+        </dev/null >"$tmp/guest.qemu" 2>&1 ||
+        _guest_failed "qemu ended with status $?"
+    guest_succeeded
 }
 
 _guest_failed ()
