@@ -25,7 +25,7 @@ for args in cow-save="$diff" "cow-save=$diff cow-save-compact=true" ""; do
     fingerprint "$diff" >"$tmp/before"
     # shellcheck disable=SC2086
     TMPDIR=$tmp/o start_nbdkit file "$tmp/base" cow-load="$diff" $args
-    for try in 1 2; do
+    for _ in 1 2; do
         echo 'expect(refused(), True, "refused")' | py
         clients_have_gone
     done

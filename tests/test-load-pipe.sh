@@ -148,7 +148,7 @@ for kind in busy silent none; do
     env --default-signal=INT "$NBDKIT" -f -U "$tmp/c.sock" --filter="$FILTER" \
         file "$tmp/base" cow-load="$tmp/fifo" </dev/null >"$tmp/c.log" 2>&1 &
     reader=$!
-    until [ -n "$(ls -l "/proc/$reader/fd" 2>/dev/null | grep "$tmp/fifo")" ]; do
+    until find "/proc/$reader/fd" -lname "$tmp/fifo" 2>/dev/null | grep -q .; do
         kill -0 $reader || die "ended too early: $kind"
         sleep 0.05
     done
