@@ -20,9 +20,10 @@ packages_to_test="$packages_to_demonstrate
 packages_to_measure="fio gnuplot-nox nbd-server python3-libnbd qemu-utils xz-utils"
 
 # What is only asked of each change, in .ci/run: other programs that read images
-# or take streams, and what a guest needs besides its kernel.
+# or take streams, what a guest needs besides its kernel, and roots of bare machines.
 packages_to_check="clang clang-format clang-tidy libclang-rt-dev valgrind
-    7zip busybox-static kmod libqcow-utils python3-libqcow shellcheck spin"
+    7zip busybox-static debootstrap kmod libqcow-utils python3-libqcow shellcheck
+    spin"
 
 # What "make release" makes packages with, and what looks at them.
 packages_to_package="build-essential debhelper dpkg-dev git lintian rpm"

@@ -90,6 +90,7 @@ make_root ()
     {
         apt_settings
         echo 'Acquire::Languages "none";'
+        echo 'Acquire::Retries "3";'
         echo 'APT::Get::Assume-Yes "true";'
     } >"$root.part/etc/apt/apt.conf.d/90roots"
     printf '%s\n' force-unsafe-io 'path-exclude=/usr/share/locale/*' \
@@ -125,6 +126,7 @@ mount_root ()
     # shellcheck disable=SC2016
     flock "$cache" unshare --mount --pid --fork --kill-child bash -c '
         set -e
+        mount --bind "$1/root" "$1/root"
         cd "$1/root"
         cache=$2
         shift 2

@@ -63,8 +63,10 @@ run_test (char *argv[], const sigset_t *mask)
     fail ("/dev/null");
   close (null);
   setsid ();
+  /* In a chroot, / need not be a mount point.  Then it is as where this is not allowed. */
   if (unshare (CLONE_NEWNS) == 0
-      && mount (NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == -1)
+      && mount (NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == -1
+      && errno != EINVAL)
     fail ("private mounts");
   sigprocmask (SIG_SETMASK, mask, NULL);
   execvp (argv[0], argv);
