@@ -24,6 +24,7 @@
 #include "blk.h"
 #include "common/cleanup.h"
 #include "common/debug.h"
+#include "server/backing.h"
 #include "server/ending.h"
 #include "server/identity.h"
 #include "server/loads.h"
@@ -370,6 +371,8 @@ find_images (struct overlays_options *options)
     const struct loads_options loads = {
       .save_name = cow_save.target,
       .any_base = !cow_base_check,
+      .others = others,
+      .nr_others = nr_others,
     };
 
     options->loads = loads_new (cow_loads, nr_cow_loads, &loads);
@@ -382,6 +385,12 @@ find_images (struct overlays_options *options)
       loads_free (options->loads);
       return -1;
     }
+  }
+  else if (save_names_backing (&cow_save) /* of views */
+           && backing_check (cow_save.backing, cow_save.backing_format, NULL)
+                == -1) {
+    loads_free (options->loads);
+    return -1;
   }
   return 0;
 }

@@ -24,6 +24,7 @@
 
 #include "common/cleanup.h"
 #include "images/load.h"
+#include "server/backing.h"
 #include "server/descriptors.h"
 #include "server/identity.h"
 #include "server/loads.h"
@@ -224,6 +225,35 @@ open_descriptor (const char *name, int fd, struct opened *o)
  * Finding the images
  */
 
+/* The directory in which an image that messages call NAME is. */
+static char *
+directory_of (const char *name)
+{
+  const char *slash = strrchr (name, '/');
+
+  return slash ? strndup (name, (size_t) (slash + 1 - name)) : strdup (".");
+}
+
+/* Tell what is odd about the backing file of an image that messages call NAME, and that
+ * is in DIR (NULL: nowhere).  L are those below it, which it may well name.
+ */
+static void
+warn_of_backing (const struct loads *l, const struct loads_options *options,
+                 const struct loaded *image, const char *name, const char *dir)
+{
+  const char *backing = load_header (image)->backing_file;
+  bool missing;
+  CLEANUP_FREE char *path = backing_find (backing, dir, &missing);
+
+  if (missing)
+    (void) fprintf (stderr,
+                    "nbdkit: cow: warning: cow-load=%s: its backing file %s "
+                    "is not there\n",
+                    name, printable (backing).text);
+  if (path && !loads_has (l, path))
+    backing_compare (name, path, options->others, options->nr_others);
+}
+
 static bool
 is_image_name (const char *name)
 {
@@ -234,7 +264,8 @@ is_image_name (const char *name)
 
 /* Check the image D of a directory. */
 static int
-check_in_directory (const struct load_source *s, const struct dirent *d)
+check_in_directory (const struct loads *l, const struct loads_options *options,
+                    const struct load_source *s, const struct dirent *d)
 {
   CLEANUP_FREE char *path = names_join (s->path, d->d_name);
   struct opened o;
@@ -243,6 +274,7 @@ check_in_directory (const struct load_source *s, const struct dirent *d)
     return report (s->name, "cannot check it");
   switch (open_image (path, path, &o)) {
   case OPENED:
+    warn_of_backing (l, options, o.image, path, s->path);
     close_image (&o);
     return 0;
   case MISSING:
@@ -261,7 +293,8 @@ check_in_directory (const struct load_source *s, const struct dirent *d)
 
 /* Check all images that exports may start from. */
 static int
-check_directory (const struct load_source *s)
+check_directory (const struct loads *l, const struct loads_options *options,
+                 const struct load_source *s)
 {
   DIR *dir = opendir (s->path);
   struct dirent *d;
@@ -271,7 +304,7 @@ check_directory (const struct load_source *s)
     return report (s->name, "cannot read the directory");
   while (r == 0 && (errno = 0, d = readdir (dir)))
     if (is_image_name (d->d_name)) {
-      r = check_in_directory (s, d);
+      r = check_in_directory (l, options, s, d);
       errno = 0;
     }
   if (r == 0 && errno)
@@ -323,12 +356,15 @@ check_missing (const struct load_source *s, const char *save_name)
 }
 
 static int
-open_source (struct load_source *s, const struct loads_options *options)
+open_source (const struct loads *l, const struct loads_options *options,
+             struct load_source *s)
 {
+  const bool is_pipe = s->descriptor >= 0 || s->is_fifo;
+  CLEANUP_FREE char *dir = is_pipe ? NULL : directory_of (s->name);
   enum outcome outcome;
 
   if (s->is_directory)
-    return check_directory (s);
+    return check_directory (l, options, s);
   if (s->descriptor >= 0)
     outcome = open_descriptor (s->name, s->descriptor, &s->file);
   else if (s->is_fifo)
@@ -338,6 +374,7 @@ open_source (struct load_source *s, const struct loads_options *options)
 
   switch (outcome) {
   case OPENED:
+    warn_of_backing (l, options, s->file.image, s->name, dir);
     return 0;
   case MISSING:
     return check_missing (s, options->save_name);
@@ -363,7 +400,7 @@ add_source (struct loads *l, const char *name,
     if (are_one_pipe (&l->sources[i], s))
       return refuse (name, "is named twice, and can be read only once; leave "
                            "out one of them");
-  return open_source (s, options);
+  return open_source (l, options, s);
 }
 
 struct loads *
@@ -423,6 +460,12 @@ loads_has_only (const struct loads *l, const char *path)
 {
   return l && l->count == 1 && l->sources[0].file.image
          && source_is (&l->sources[0], path);
+}
+
+bool
+loads_has_first (const struct loads *l, const char *path)
+{
+  return l && l->count > 0 && source_is (&l->sources[0], path);
 }
 
 /* An export whose images are being brought in. */

@@ -11,6 +11,7 @@
 #include "base.h"
 #include "blk.h"
 #include "format/qcow2.h"
+#include "server/names.h"
 
 struct loads;
 
@@ -20,6 +21,10 @@ struct loads_options {
 
   /* Load also what was made over another base. */
   bool any_base;
+
+  /* They may tell which file the base is. */
+  const struct parameter *others;
+  size_t nr_others;
 };
 
 /* Open and check the files and all files of the directories NAMES, of which there
@@ -37,6 +42,9 @@ extern bool loads_has (const struct loads *loads, const char *path);
 
 /* Is it all that is loaded?  Not if it is missing. */
 extern bool loads_has_only (const struct loads *loads, const char *path);
+
+/* Does it lie below all others that are loaded? */
+extern bool loads_has_first (const struct loads *loads, const char *path);
 
 /* Bring what there is for an export into its overlay, which nobody else uses yet, and
  * whose base is called IDENTITY.  That takes over a name of the base from the lowest

@@ -5,6 +5,11 @@
 #ifndef COW_NAMES_H
 #define COW_NAMES_H
 
+/* Parameters of the plugin and of other filters, whose values may name files. */
+struct parameter {
+  const char *key, *value;
+};
+
 /* A name that was not made here (a client's for an export, one in an image) as it may
  * stand in a log: in one line, and not too long.
  */

@@ -34,6 +34,7 @@
 #include "images/image.h"
 #include "server/names.h"
 #include "overlay/newfile.h"
+#include "server/backing.h"
 #include "server/save.h"
 #include "overlay/store.h"
 #include "overlay/tables.h"
@@ -47,11 +48,15 @@ struct save {
   char *temporary; /* a directory for what cannot be kept elsewhere, or NULL */
 };
 
+bool
+save_names_backing (const struct save_options *o)
+{
+  return o->backing && strcmp (o->backing, "none") != 0;
+}
+
 int
 save_check_options (const struct save_options *o)
 {
-  const bool names_one = o->backing && strcmp (o->backing, "none") != 0;
-
   if (o->backing
       && (*o->backing == '\0'
           || strlen (o->backing) > QCOW2_MAX_BACKING_NAME)) {
@@ -60,7 +65,7 @@ save_check_options (const struct save_options *o)
                   o->backing, QCOW2_MAX_BACKING_NAME);
     return -1;
   }
-  if (o->backing_format && !names_one) {
+  if (o->backing_format && !save_names_backing (o)) {
     nbdkit_error ("cow-save-backing-format=%s: there is no backing file whose "
                   "format this could be; name one with cow-save-backing",
                   o->backing_format);
@@ -74,6 +79,36 @@ save_check_options (const struct save_options *o)
     return -1;
   }
   return 0;
+}
+
+/* The diff in the file PATH must not be its own backing file.  -1 if it is, which was
+ * reported.
+ */
+static int
+refuse_itself (const struct save *s, const char *path)
+{
+  const struct save_options *o = &s->options;
+
+  if (!save_names_backing (o)
+      || !backing_is (o->backing, s->target->directory, path))
+    return 0;
+  nbdkit_error ("cow-save-backing=%s: that is the diff itself, %s; name the "
+                "file that is to be below it",
+                o->backing, path);
+  return -1;
+}
+
+static int
+check_backing (const struct save *s)
+{
+  const struct save_options *o = &s->options;
+
+  if (!save_names_backing (o))
+    return 0;
+  if (s->target->kind == TARGET_FILE
+      && refuse_itself (s, s->target->path) == -1)
+    return -1;
+  return backing_check (o->backing, o->backing_format, s->target->directory);
 }
 
 struct save *
@@ -90,8 +125,8 @@ save_new (const struct save_options *options, const struct loads *loads,
   }
   s->options = *options;
   s->target = target_new (options->target, loads, others, nr_others);
-  if (!s->target) {
-    free (s);
+  if (!s->target || check_backing (s) == -1) {
+    save_free (s);
     return NULL;
   }
   s->temporary = store_find_dir (&name);
@@ -195,6 +230,8 @@ save_check_export (const struct save *s, const struct loads *loads,
                   s->target->name);
     return -1;
   }
+  if (refuse_itself (s, path) == -1)
+    return -1;
   if (target_lock_file (path, lock, &why) == -1
       || target_check_file (s->target, loads, path, &what, &mode, &why)
            == -1) {
@@ -217,10 +254,11 @@ struct job {
   const char *export_name;
   struct overlay *overlay;
   struct image_source source;
-  char *backing;  /* of source, where we have made it up */
-  bool finished;  /* its file is an image */
-  bool published; /* an image has the name that it is to have */
-  bool damaged;   /* perhaps: its disk did not take all of its file */
+  char *backing;                /* of source, where we have made it up; */
+  struct qcow2_header replaced; /* or where it is that of what is there */
+  bool finished;                /* its file is an image */
+  bool published;               /* an image has the name that it is to have */
+  bool damaged; /* perhaps: its disk did not take all of its file */
   char
     *failure; /* what went wrong first, or NULL: there is no memory to say */
 };
@@ -521,6 +559,26 @@ keep (struct job *j)
                   j->failure ? j->failure : "no directory takes them");
 }
 
+/* Which backing file the image is to have.  One that takes the place of what its overlay
+ * has started from keeps that one's, or has none as that, unless the user has named
+ * another.  -1 and errno.
+ */
+static int
+set_backing (struct job *j, const char *path)
+{
+  struct image_source *source = &j->source;
+  struct qcow2_header *h = &j->replaced;
+  bool is_image;
+
+  if (j->s->options.backing || !path || !loads_has_first (j->loads, path)
+      || target_read_header (path, h, &is_image) == -1 || !is_image)
+    return image_set_backing (source, j->s->options.backing,
+                              j->s->options.backing_format, &j->backing);
+  source->backing_file = h->backing_file[0] ? h->backing_file : NULL;
+  source->backing_format = h->backing_format[0] ? h->backing_format : NULL;
+  return 0;
+}
+
 int
 save_overlay (struct save *s, const struct loads *loads,
               const char *export_name, struct overlay *overlay,
@@ -536,20 +594,16 @@ save_overlay (struct save *s, const struct loads *loads,
                 .geometry = overlay_tables (overlay)->geometry,
                 .base = base },
   };
-  CLEANUP_FREE char *path = NULL;
+  const bool is_stream = s->target->kind == TARGET_STREAM;
+  CLEANUP_FREE char *path = is_stream ? NULL : path_of_export (s, export_name);
   int r;
 
-  r = image_set_backing (&j.source, s->options.backing,
-                         s->options.backing_format, &j.backing);
-  if (r == -1)
-    job_failed (&j, "cannot save");
-  if (r == 0 && s->target->kind == TARGET_STREAM)
-    r = save_to_stream (&j);
-  else if (r == 0) {
-    path = path_of_export (s, export_name);
-    r = path ? save_to_file (&j, path)
-             : job_failed (&j, "no name for the file");
-  }
+  if (set_backing (&j, path) == -1)
+    r = job_failed (&j, "cannot save");
+  else if (!is_stream && !path)
+    r = job_failed (&j, "no name for the file");
+  else
+    r = is_stream ? save_to_stream (&j) : save_to_file (&j, path);
   if (r == -1)
     keep (&j);
   else

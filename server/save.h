@@ -23,6 +23,9 @@ struct save_options {
   enum qcow2_l2_format format;
 };
 
+/* Do they name a file that is to be below what is saved? */
+extern bool save_names_backing (const struct save_options *options);
+
 /* Do they make sense?  -1 if not, which was reported. */
 extern int save_check_options (const struct save_options *options);
 

@@ -94,11 +94,9 @@ named_by_other (const struct target *t, const struct stat *st)
  * Files
  */
 
-/* Decode the header of a file.  -1 and errno if it cannot be read, EAGAIN if another
- * program uses it; *IS_IMAGE tells whether it is one that this filter could load.
- */
-static int
-read_header (const char *path, struct qcow2_header *header, bool *is_image)
+int
+target_read_header (const char *path, struct qcow2_header *header,
+                    bool *is_image)
 {
   CLEANUP_FREE char *buf = malloc (QCOW2_HEADER_BYTES);
   struct file_lock *lock;
@@ -187,7 +185,7 @@ check_existing (const struct target *t, const struct loads *loads,
                     "belongs to another user, and its directory lets only "
                     "that one replace it; name another file",
                     "");
-  if (read_header (path, &header, &is_image) == -1)
+  if (target_read_header (path, &header, &is_image) == -1)
     return errno == EAGAIN
              ? say_in_use (why, path)
              : say_why (why, path,

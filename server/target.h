@@ -9,16 +9,11 @@
 #include <stddef.h>
 #include <sys/types.h>
 
+#include "format/qcow2.h"
 #include "server/loads.h"
+#include "server/names.h"
 #include "server/locks.h"
 #include "overlay/newfile.h"
-
-/* Parameters of the plugin and of other filters, whose values may name files that
- * are not to be overwritten.
- */
-struct parameter {
-  const char *key, *value;
-};
 
 enum target_kind {
   TARGET_FILE, /* gets the one image, and its name when that is complete */
@@ -40,8 +35,8 @@ struct target {
   size_t nr_others;
 };
 
-/* Find out what NAME is, and check all that can be checked.  To be called while
- * standard output is open.  NULL if it cannot be written, which was reported.
+/* Find out what NAME is, and check all that can be checked.  What OTHERS name is not to be
+ * overwritten.  To be called while standard output is open.  NULL if it cannot be written, which was reported.
  */
 extern struct target *target_new (const char *name, const struct loads *loads,
                                   const struct parameter *others,
@@ -64,6 +59,12 @@ extern int target_check_file (const struct target *target,
                               const struct loads *loads, const char *path,
                               enum newfile_target *what, mode_t *mode,
                               char **why);
+
+/* Decode the header of a file.  -1 and errno if it cannot be read, EAGAIN if another
+ * program uses it; *IS_IMAGE tells whether it is one that this filter could load.
+ */
+extern int target_read_header (const char *path, struct qcow2_header *header,
+                               bool *is_image);
 
 /* Open a stream: its descriptor is in target->fd.  Waits for a while until somebody
  * reads a FIFO.  -1 and errno.
