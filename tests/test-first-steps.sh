@@ -63,8 +63,12 @@ told ()
 
 for _ in 1 2; do
     tell 0 "$src/quickstart"
-    told "It worked"
+    grep -q '^It worked' "$tmp/out" || { cat "$tmp/out" >&2; die "it did not work"; }
 done
+# What it says to type next works.
+next=$(tail -n 1 "$tmp/out")
+tell 0 env -C "$tmp" bash -c "$next"
+sound_diff "$tmp/try.qcow2"
 [ "$(wc -l <"$tmp/configured")" -eq 1 ] || die "configured again, for nothing"
 
 # A command that fails without a word.
