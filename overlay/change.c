@@ -298,7 +298,7 @@ change_take_places (struct change *c)
     if (!needs_place (&c->slots[i]))
       continue;
     if (got == 0) {
-      got = store_take (&c->o->store, wanted, &place);
+      got = places_take (&c->o->places, wanted, &place);
       if (got == 0)
         return errno;
       wanted -= got;
@@ -482,7 +482,7 @@ change_give_back (struct change *c)
 
     assert_slot_held (o, s->nr);
     if (has_fresh_place (s))
-      store_give_back (&c->o->store, s->place, 1);
+      places_give_back (&c->o->places, s->place, 1);
     else if (s->place != 0 && !s->shared) /* else nothing was written */
       overlay_punch_blocks (o, s->place, blocks);
   }

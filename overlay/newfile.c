@@ -83,6 +83,17 @@ newfile_discard (struct newfile *file)
   errno = err;
 }
 
+int
+newfile_check_dir (const char *dir)
+{
+  struct newfile file;
+
+  if (newfile_make (&file, dir, NEWFILE_ANONYMOUS) == -1)
+    return -1;
+  newfile_discard (&file);
+  return 0;
+}
+
 /* Give a nameless file the name PATH. */
 static int
 link_nameless (const struct newfile *file, const char *path)

@@ -37,6 +37,9 @@ enum newfile_use {
 extern int newfile_make (struct newfile *file, const char *dir,
                          enum newfile_use use);
 
+/* Can a file be made in DIR?  0, or -1 and errno. */
+extern int newfile_check_dir (const char *dir);
+
 /* Close the file, which thereby is gone, unless it was published. */
 extern void newfile_discard (struct newfile *file);
 

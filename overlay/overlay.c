@@ -39,23 +39,27 @@ init_store (struct overlay *o, const struct overlay_options *options)
   struct qcow2_geometry g;
 
   if (options->fate == OVERLAY_THROWN_AWAY) {
-    store_init (&o->store, options->dir, NEWFILE_ANONYMOUS, slot_size (o), 1);
+    store_init (&o->store, options->dir, NEWFILE_ANONYMOUS,
+                STORE_WRITES_BACK_LATE);
+    places_init (&o->places, &o->store, slot_size (o), 1);
     return 0;
   }
 
   if (qcow2_geometry_init (&g, o->size, options->block_size, options->format)
       == -1)
     return EFBIG;
-  if (tables_init (&o->tables, &g, &o->store,
-                   options->fate == OVERLAY_SAVED_IN_PLACE ? TABLES_SET_ASIDE
-                                                           : TABLES_UNPLANNED)
+
+  const bool in_place = options->fate == OVERLAY_SAVED_IN_PLACE;
+
+  if (tables_init (&o->tables, &g, &o->places,
+                   in_place ? TABLES_SET_ASIDE : TABLES_UNPLANNED)
       == -1)
     return ENOMEM;
-  store_init (&o->store, options->dir, NEWFILE_TO_PUBLISH, slot_size (o),
-              ROUND_UP (tables_head_size (&g), slot_size (o))
-                >> o->slot_shift);
-  if (options->fate == OVERLAY_SAVED_IN_PLACE)
-    store_write_back_early (&o->store);
+  store_init (&o->store, options->dir, NEWFILE_TO_PUBLISH,
+              in_place ? STORE_WRITES_BACK_EARLY : STORE_WRITES_BACK_LATE);
+  places_init (&o->places, &o->store, slot_size (o),
+               ROUND_UP (tables_head_size (&g), slot_size (o))
+                 >> o->slot_shift);
   return 0;
 }
 
@@ -108,6 +112,7 @@ overlay_free (struct overlay *o)
   rwlock_destroy (&o->view_lock);
   rwlock_destroy (&o->request_lock);
   map_destroy (&o->map);
+  places_destroy (&o->places);
   store_destroy (&o->store);
   if (has_tables (o))
     tables_destroy (&o->tables);
@@ -295,7 +300,7 @@ give_back_places (struct giving *g)
     while (first > 0 && end - first < longest
            && g->places[first - 1] + 1 == g->places[first])
       first--;
-    store_give_back (&g->o->store, g->places[first], end - first);
+    places_give_back (&g->o->places, g->places[first], end - first);
     pause_after (g, (end - first) << g->o->slot_shift);
     end = first;
   }

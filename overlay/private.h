@@ -14,6 +14,7 @@
 #include "common/lock.h"
 #include "overlay/map.h"
 #include "overlay/overlay.h"
+#include "overlay/places.h"
 #include "overlay/store.h"
 #include "overlay/tables.h"
 
@@ -49,7 +50,8 @@ struct overlay {
   bool detect_zeroes;     /* constant */
   enum overlay_fate fate; /* constant */
   struct tables tables;   /* if has_tables; has its own lock */
-  struct store store;     /* has its own lock */
+  struct store store;     /* the file; has its own lock */
+  struct places places;   /* in it; has its own lock */
 
   /* Who holds the request lock knows whether it is open, who holds the release lock or
    * the view lock whether views are cut off.

@@ -75,13 +75,13 @@ tables_head_size (const struct qcow2_geometry *g)
 
 int
 tables_init (struct tables *t, const struct qcow2_geometry *g,
-             struct store *store, enum tables_space space)
+             struct places *places, enum tables_space space)
 {
   const uint64_t nr_pages = l1_size (g) / PAGE + 1;
 
   *t = (struct tables) {
     .geometry = *g,
-    .store = store,
+    .places = places,
     .space = space,
     .l1_offset = g->cluster_size,
     .reftable_offset = reftable_offset (g),
@@ -115,7 +115,7 @@ write_zeroes (struct tables *t, uint64_t offset, uint64_t count)
     const uint64_t n = MIN (count, sizeof zeroes);
     struct iovec iov = { .iov_base = (char *) zeroes, .iov_len = n };
 
-    if (store_writev (t->store, &iov, 1, offset) == -1)
+    if (store_writev (t->places->store, &iov, 1, offset) == -1)
       return -1;
     offset += n;
     count -= n;
@@ -126,7 +126,7 @@ write_zeroes (struct tables *t, uint64_t offset, uint64_t count)
 static int
 set_aside (struct tables *t, uint64_t offset, uint64_t count)
 {
-  if (store_set_aside (t->store, offset, count) == 0)
+  if (store_set_aside (t->places->store, offset, count) == 0)
     return 0;
   if (errno != EOPNOTSUPP && errno != ENOSYS)
     return -1;
@@ -154,7 +154,7 @@ add_run (struct tables *t, uint64_t place, uint64_t count)
     t->runs[t->nr_runs++]
       = (struct place_run) { .first = place, .count = count };
   }
-  t->nr_clusters += count * t->store->place_size / t->geometry.cluster_size;
+  t->nr_clusters += count * t->places->size / t->geometry.cluster_size;
   return 0;
 }
 
@@ -166,13 +166,13 @@ take_places (struct tables *t, uint64_t wanted)
     const uint64_t missing
       = (wanted - t->nr_clusters) * t->geometry.cluster_size;
     uint64_t place;
-    const uint64_t count = store_take (
-      t->store, (missing - 1) / t->store->place_size + 1, &place);
+    const uint64_t count
+      = places_take (t->places, (missing - 1) / t->places->size + 1, &place);
 
     if (count == 0)
       return -1;
     if (add_run (t, place, count) == -1) {
-      store_give_back (t->store, place, count);
+      places_give_back (t->places, place, count);
       return -1;
     }
   }
@@ -191,7 +191,7 @@ struct piece {
 static struct piece
 find_piece (const struct tables *t, uint64_t first, uint64_t end)
 {
-  const uint64_t per_place = t->store->place_size / t->geometry.cluster_size;
+  const uint64_t per_place = t->places->size / t->geometry.cluster_size;
   const struct place_run *run = t->runs;
 
   while (first >= run->count * per_place) {
@@ -200,8 +200,7 @@ find_piece (const struct tables *t, uint64_t first, uint64_t end)
     run++;
   }
   return (struct piece) {
-    .offset
-    = run->first * t->store->place_size + first * t->geometry.cluster_size,
+    .offset = run->first * t->places->size + first * t->geometry.cluster_size,
     .count = MIN (end, run->count * per_place) - first,
   };
 }
@@ -213,13 +212,13 @@ find_piece (const struct tables *t, uint64_t first, uint64_t end)
 static void
 drop_places_without_space (struct tables *t)
 {
-  const uint64_t per_place = t->store->place_size / t->geometry.cluster_size;
+  const uint64_t per_place = t->places->size / t->geometry.cluster_size;
 
   while (t->nr_clusters >= t->nr_with_space + per_place) {
     struct place_run *last = &t->runs[t->nr_runs - 1];
 
     last->count--;
-    store_give_back (t->store, last->first + last->count, 1);
+    places_give_back (t->places, last->first + last->count, 1);
     t->nr_clusters -= per_place;
     if (last->count == 0)
       t->nr_runs--;
@@ -268,7 +267,7 @@ have_space_for_now (struct tables *t)
   uint64_t nr_blocks;
 
   for (;;) {
-    nr_blocks = refcount_blocks (t, store_end (t->store));
+    nr_blocks = refcount_blocks (t, places_end (t->places));
 
     const uint64_t needed = t->nr_l2 + nr_blocks;
     if (needed <= t->nr_with_space)
@@ -307,7 +306,7 @@ have_needed_space (struct tables *t)
   do
     if (have_space_for_now (t) == -1)
       return -1;
-  while (store_end (t->store) > atomic_load (&t->covered));
+  while (places_end (t->places) > atomic_load (&t->covered));
   return 0;
 }
 
@@ -332,7 +331,7 @@ have_header (struct tables *t)
 {
   if (t->nr_with_space > 0)
     return 0;
-  if (store_make_file (t->store) == -1)
+  if (store_make_file (t->places->store) == -1)
     return -1;
   return set_aside (t, 0, PAGE);
 }
@@ -358,7 +357,7 @@ int
 tables_reserve_refcounts (struct tables *t)
 {
   if (t->space == TABLES_UNPLANNED
-      || store_end (t->store) <= atomic_load (&t->covered))
+      || places_end (t->places) <= atomic_load (&t->covered))
     return 0;
 
   LOCK_FOR_SCOPE (&t->lock);
@@ -405,7 +404,8 @@ tables_give_back (struct tables *t)
   for (uint64_t i = t->nr_used; i < t->nr_clusters;) {
     const struct piece p = find_piece (t, i, t->nr_clusters);
 
-    store_punch (t->store, p.offset, p.count * t->geometry.cluster_size);
+    store_punch (t->places->store, p.offset,
+                 p.count * t->geometry.cluster_size);
     i += p.count;
   }
 }

@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 #include "format/qcow2.h"
-#include "overlay/store.h"
+#include "overlay/places.h"
 
 /* Is space set aside? */
 enum tables_space {
@@ -27,7 +27,7 @@ enum tables_space {
 
 struct tables {
   struct qcow2_geometry geometry; /* constant, as are the next five */
-  struct store *store;
+  struct places *places;
   enum tables_space space;
   uint64_t l1_offset;
   uint64_t reftable_offset;
@@ -35,7 +35,7 @@ struct tables {
 
   _Atomic uint64_t covered; /* a file of this length has its refcount blocks;
                              * changes only under the lock */
-  pthread_mutex_t lock;     /* taken before the store's; guards what follows */
+  pthread_mutex_t lock;     /* taken before the places'; guards what follows */
   uint64_t nr_l2;           /* L2 tables asked for */
   uint64_t *l1_pages;       /* bitmap: pages of the L1 table with space */
   uint64_t reftable_space;  /* bytes of the refcount table with space */
@@ -49,9 +49,9 @@ struct tables {
 /* The size of the head that a file for images of this geometry has, in bytes. */
 extern uint64_t tables_head_size (const struct qcow2_geometry *g);
 
-/* STORE has a head of at least that size.  -1 and ENOMEM. */
+/* PLACES have a head of at least that size.  -1 and ENOMEM. */
 extern int tables_init (struct tables *tables, const struct qcow2_geometry *g,
-                        struct store *store, enum tables_space space);
+                        struct places *places, enum tables_space space);
 extern void tables_destroy (struct tables *tables);
 
 /* Set space aside for the L2 table numbered NR, which is needed for the first

@@ -28,13 +28,15 @@
 #include "blk.h"
 #include "common/cleanup.h"
 #include "common/debug.h"
+#include "common/limits.h"
+#include "overlay/newfile.h"
 #include "server/identity.h"
 #include "server/loads.h"
 #include "server/names.h"
 #include "server/locks.h"
 #include "server/overlays.h"
 #include "server/save.h"
-#include "overlay/store.h"
+#include "server/tmpdir.h"
 
 /* An overlay and those who use it. */
 struct overlay_entry {
@@ -83,7 +85,7 @@ report_directory (const char *dir)
 static void
 warn_of_file_limit (uint64_t max_overlays)
 {
-  const uint64_t others = 64, limit = store_file_limit ();
+  const uint64_t others = 64, limit = limits_open_files ();
 
   if (max_overlays > limit || limit - max_overlays < others)
     (void) fprintf (stderr,
@@ -100,7 +102,7 @@ static char *
 find_dir (const struct overlays_options *options)
 {
   const char *name = options->save ? save_directory (options->save) : NULL;
-  char *dir = name ? strdup (name) : store_find_dir (&name);
+  char *dir = name ? strdup (name) : tmpdir_find (&name);
 
   if (!dir)
     report_directory (name);
@@ -135,12 +137,12 @@ overlays_new (const struct overlays_options *options)
 int
 overlays_start (const struct overlays *s)
 {
-  store_raise_file_limit ();
-  store_ignore_file_size_signal ();
+  limits_raise_open_files ();
+  limits_ignore_file_size_signal ();
   if (s->options.save
       && save_check_again (s->options.save, s->options.loads) == -1)
     return -1;
-  if (store_check_dir (s->dir) == -1) {
+  if (newfile_check_dir (s->dir) == -1) {
     report_directory (s->dir);
     return -1;
   }

@@ -39,6 +39,7 @@
 #include "overlay/store.h"
 #include "overlay/tables.h"
 #include "server/target.h"
+#include "server/tmpdir.h"
 
 #define COPY_BYTES (1u << 20)
 
@@ -129,7 +130,7 @@ save_new (const struct save_options *options, const struct loads *loads,
     save_free (s);
     return NULL;
   }
-  s->temporary = store_find_dir (&name);
+  s->temporary = tmpdir_find (&name);
   return s;
 }
 
@@ -184,7 +185,7 @@ save_check_again (const struct save *s, const struct loads *loads)
   enum newfile_target what;
   mode_t mode;
 
-  if (t->directory && store_check_dir (t->directory) == -1) {
+  if (t->directory && newfile_check_dir (t->directory) == -1) {
     nbdkit_error ("cow-save=%s: cannot make a file in %s: %m", t->name,
                   t->directory);
     return -1;

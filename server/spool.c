@@ -19,7 +19,7 @@
 
 #include "common/cleanup.h"
 #include "overlay/newfile.h"
-#include "overlay/store.h"
+#include "server/tmpdir.h"
 #include "server/spool.h"
 
 #define SPOOL_BYTES (1u << 20)
@@ -87,7 +87,7 @@ int
 spool_read (const char *name, int fd)
 {
   const char *tried;
-  CLEANUP_FREE char *dir = store_find_dir (&tried);
+  CLEANUP_FREE char *dir = tmpdir_find (&tried);
   struct newfile file;
   int r;
 

@@ -28,7 +28,6 @@
 #include "server/locks.h"
 #include "server/names.h"
 #include "format/qcow2.h"
-#include "overlay/store.h"
 #include "server/target.h"
 
 /* How long a FIFO waits for its reader. */
@@ -252,7 +251,7 @@ check_directory (const struct target *t)
                   t->name, other);
     return -1;
   }
-  if (store_check_dir (t->directory) == 0)
+  if (newfile_check_dir (t->directory) == 0)
     return 0;
   nbdkit_error ("cow-save=%s: cannot make a file in %s: %m", t->name,
                 t->directory);

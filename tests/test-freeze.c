@@ -392,7 +392,7 @@ add_blocks (const struct map *map, uint32_t *blocks, uint64_t *owner)
       assert_int_equal (bitmap_allocated (pair.state), 0);
       continue;
     }
-    assert_true (pair.place < overlay->store.next_place);
+    assert_true (pair.place < overlay->places.next);
     assert_true (owner[pair.place] == 0 || owner[pair.place] == nr + 1);
     owner[pair.place] = nr + 1;
     blocks[pair.place] |= bitmap_allocated (pair.state);
@@ -402,15 +402,15 @@ add_blocks (const struct map *map, uint32_t *blocks, uint64_t *owner)
 static void
 check_space (unsigned lax)
 {
-  const struct store *store = &overlay->store;
-  const uint64_t end = store->next_place;
+  const struct places *places = &overlay->places;
+  const uint64_t end = places->next;
   const uint64_t bs = block_size (overlay);
   CLEANUP_FREE uint32_t *blocks = calloc (end, sizeof *blocks);
   CLEANUP_FREE uint64_t *owner = calloc (end, sizeof *owner);
   uint64_t nr_free = 0, needed = 0;
 
   assert_true (blocks && owner);
-  if (store->file.fd < 0)
+  if (overlay->store.file.fd < 0)
     return;
   {
     HOLD_SHARED (&overlay->request_lock);
@@ -420,8 +420,8 @@ check_space (unsigned lax)
     add_blocks (&f->map, blocks, owner);
 
   for (uint64_t place = 1; place < end; ++place) {
-    const bool is_free = place / 64 < store->nr_free_words
-                         && (store->free_words[place / 64] >> place % 64 & 1);
+    const bool is_free = place / 64 < places->nr_free_words
+                         && (places->free_words[place / 64] >> place % 64 & 1);
 
     nr_free += is_free;
     if (is_free && owner[place])
@@ -441,7 +441,7 @@ check_space (unsigned lax)
                   expected ? "no bytes" : "bytes that nobody needs");
     }
   }
-  assert_true (nr_free == store->nr_free);
+  assert_true (nr_free == places->nr_free);
   assert_false (has_data (end << overlay->slot_shift, UINT64_C (1) << 40));
 
   /* The file system itself needs a few. */
@@ -1005,7 +1005,7 @@ zeroed_while_shared_is_punched_in_the_end (void **state)
 
       check_space_when_released (model, !newest_first);
       assert_true (bytes_of_last_file () <= used - SLOT + 4 * BLOCK);
-      assert_int_equal (overlay->store.next_place, 3); /* nothing has moved */
+      assert_int_equal (overlay->places.next, 3); /* nothing has moved */
     }
 }
 
@@ -1172,7 +1172,7 @@ moves_bring_exactly_what_they_need (void **state)
     memcpy (model, base_bytes, SIZE);
     do_ops (before, model);
     bytes_read_from_files = 0;
-    const uint64_t end = overlay->store.next_place;
+    const uint64_t end = overlay->places.next;
 
     do_op (*op, model);
     if (op->kind == READ_AND_KEEP && cases[i].blocks == 0)
@@ -1181,16 +1181,16 @@ moves_bring_exactly_what_they_need (void **state)
       fail_msg ("case %u: %lu bytes brought along", i,
                 (unsigned long) bytes_read_from_files);
     if (op->kind == ZERO && cases[i].blocks == 0)
-      assert_true (overlay->store.next_place == end);
+      assert_true (overlay->places.next == end);
 
     /* A second one finds a slot that is not shared. */
-    const uint64_t end_after = overlay->store.next_place;
+    const uint64_t end_after = overlay->places.next;
     bytes_read_from_files = 0;
     if (op->kind == WRITE || op->kind == ZERO) {
       do_op (*op, model);
       assert_int_equal (bytes_read_from_files, 0);
     }
-    assert_true (overlay->store.next_place == end_after);
+    assert_true (overlay->places.next == end_after);
     check_disk (model);
     check_space_when_released (model, true);
   }
@@ -1294,10 +1294,10 @@ detected_zeroes_in_a_shared_slot (void **state)
   start_over ();
   memcpy (model, base_bytes, SIZE);
   do_ops (before, model);
-  const uint64_t end = overlay->store.next_place;
+  const uint64_t end = overlay->places.next;
   do_op (outer[0], model);
   do_op (outer[2], model);
-  assert_true (overlay->store.next_place == end);
+  assert_true (overlay->places.next == end);
   check_disk (model);
   check_space_when_released (model, true);
 }
@@ -1437,9 +1437,9 @@ no_place_to_move_to (void **state)
     do_op ((struct op) { ZERO, 2 * BLOCK, 5 * BLOCK, 0 }, model);
     do_op ((struct op) { ZERO, 2 * BLOCK, SLOT + 5 * BLOCK, 0 }, model);
     /* For the second case there is one, but not two. */
-    const uint64_t limit = overlay->store.end_limit;
-    overlay->store.end_limit = (overlay->store.next_place + (i == 1))
-                               << overlay->slot_shift;
+    const uint64_t limit = overlay->places.end_limit;
+    overlay->places.end_limit = (overlay->places.next + (i == 1))
+                                << overlay->slot_shift;
 
     assert_int_equal (run_op (buf, &ops[i], NULL, NULL, &err), -1);
     assert_int_equal (err, EFBIG);
@@ -1447,7 +1447,7 @@ no_place_to_move_to (void **state)
     check_held ();
     check_space (0);
 
-    overlay->store.end_limit = limit;
+    overlay->places.end_limit = limit;
     do_op (ops[i], model);
     check_disk (model);
     check_space_when_released (model, true);
@@ -1795,7 +1795,7 @@ views_are_cut_off (void **state)
     const uint64_t shared_place = live_slot (0).place;
     const uint64_t old_place
       = slot_load (map_find (&held[0]->frozen->map, 1)).place;
-    const uint64_t end = overlay->store.next_place;
+    const uint64_t end = overlay->places.next;
 
     overlay_close (overlay);
     check_held (); /* not yet cut off */
@@ -1844,8 +1844,8 @@ views_are_cut_off (void **state)
     release_nr (0);
     assert_int_equal (nr_punches, punches_after);
     assert_true (bytes_of_last_file () == used);
-    assert_true (overlay->store.next_place == end);
-    assert_int_equal (overlay->store.nr_free, 0);
+    assert_true (overlay->places.next == end);
+    assert_int_equal (overlay->places.nr_free, 0);
     check_disk (model);
   }
 }

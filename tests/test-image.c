@@ -31,6 +31,7 @@
 
 static struct map map;
 static struct store store;
+static struct places places;
 static struct tables tables;
 static struct image_source source;
 static uint32_t block_size;
@@ -58,9 +59,10 @@ set_up_disk (uint64_t size, uint32_t bs, enum qcow2_l2_format format)
   block_size = bs;
   assert_int_equal (qcow2_geometry_init (&g, size, bs, format), 0);
   map_init (&map, (size + slot_bytes () - 1) / slot_bytes ());
-  store_init (&store, "/var/tmp", NEWFILE_ANONYMOUS, slot_bytes (),
-              (tables_head_size (&g) + slot_bytes () - 1) / slot_bytes ());
-  assert_int_equal (tables_init (&tables, &g, &store, TABLES_SET_ASIDE), 0);
+  store_init (&store, "/var/tmp", NEWFILE_ANONYMOUS, STORE_WRITES_BACK_LATE);
+  places_init (&places, &store, slot_bytes (),
+               (tables_head_size (&g) + slot_bytes () - 1) / slot_bytes ());
+  assert_int_equal (tables_init (&tables, &g, &places, TABLES_SET_ASIDE), 0);
   source = (struct image_source) { .map = &map,
                                    .store = &store,
                                    .geometry = g,
@@ -75,6 +77,7 @@ tear_down (void **state)
   fail_calls_from (0, 0);
   short_transfers = no_tmpfile = false;
   tables_destroy (&tables);
+  places_destroy (&places);
   store_destroy (&store);
   map_destroy (&map);
   return 0;
@@ -101,7 +104,7 @@ change_slot (uint64_t nr, uint64_t state)
   assert_int_equal (
     tables_reserve_l2 (&tables, nr / source.geometry.slots_per_l2), 0);
   if (bitmap_allocated (state) && pair.place == 0)
-    assert_int_equal (store_take (&store, 1, &pair.place), 1);
+    assert_int_equal (places_take (&places, 1, &pair.place), 1);
   assert_int_equal (tables_reserve_refcounts (&tables), 0);
   for (unsigned b = 0; b < SLOT_BLOCKS; ++b) {
     struct iovec iov = { .iov_base = buf, .iov_len = block_size };
@@ -407,9 +410,9 @@ test_unused_places (void **state)
   (void) state;
   set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
   change_slot (5, UINT32_MAX);
-  assert_int_equal (store_take (&store, 7, &place), 7);
+  assert_int_equal (places_take (&places, 7, &place), 7);
   change_slot (6, UINT32_MAX);
-  store_give_back (&store, place, 7);
+  places_give_back (&places, place, 7);
   assert_int_equal (image_finish (&source, &tables), 0);
   buf = read_finished (&size);
   check_image (buf, size);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The overlay file without a server. */
+/* The overlay file and its places without a server. */
 
 #include <config.h>
 
@@ -19,18 +19,21 @@
 #include <cmocka.h>
 
 #include "faults.h"
-#include "overlay/store.h"
+#include "overlay/places.h"
+#include "server/tmpdir.h"
 
 #define PLACE UINT64_C (131072)
 
 static char dir[4096];
 static struct store store;
+static struct places places;
 
 static int
 set_up (void **state)
 {
   (void) state;
-  store_init (&store, dir, NEWFILE_ANONYMOUS, PLACE, 1);
+  store_init (&store, dir, NEWFILE_ANONYMOUS, STORE_WRITES_BACK_LATE);
+  places_init (&places, &store, PLACE, 1);
   return 0;
 }
 
@@ -38,6 +41,7 @@ static int
 tear_down (void **state)
 {
   (void) state;
+  places_destroy (&places);
   store_destroy (&store);
   fail_calls_from (0, 0);
   short_transfers = fail_punches = no_tmpfile = false;
@@ -69,7 +73,7 @@ file_is_made_at_the_first_place (void **state)
 
   (void) state;
   assert_int_equal (store.file.fd, -1);
-  assert_int_equal (store_take (&store, 1, &place), 1);
+  assert_int_equal (places_take (&places, 1, &place), 1);
   assert_int_equal (place, 1);
   assert_int_equal (fstat (store.file.fd, &st), 0);
   assert_int_equal (st.st_nlink, 0);
@@ -92,9 +96,9 @@ places_come_in_order (void **state)
   uint64_t place;
 
   (void) state;
-  assert_int_equal (store_take (&store, 3, &place), 3);
+  assert_int_equal (places_take (&places, 3, &place), 3);
   assert_int_equal (place, 1);
-  assert_int_equal (store_take (&store, 2, &place), 2);
+  assert_int_equal (places_take (&places, 2, &place), 2);
   assert_int_equal (place, 4);
 }
 
@@ -104,19 +108,19 @@ places_given_back_are_given_out_again (void **state)
   uint64_t place;
 
   (void) state;
-  assert_int_equal (store_take (&store, 10, &place), 10);
-  store_give_back (&store, 3, 2);
-  store_give_back (&store, 7, 1);
+  assert_int_equal (places_take (&places, 10, &place), 10);
+  places_give_back (&places, 3, 2);
+  places_give_back (&places, 7, 1);
   /* The first ones of the file first, in runs. */
-  assert_int_equal (store_take (&store, 5, &place), 2);
+  assert_int_equal (places_take (&places, 5, &place), 2);
   assert_int_equal (place, 3);
-  assert_int_equal (store_take (&store, 1, &place), 1);
+  assert_int_equal (places_take (&places, 1, &place), 1);
   assert_int_equal (place, 7);
-  assert_int_equal (store_take (&store, 1, &place), 1);
+  assert_int_equal (places_take (&places, 1, &place), 1);
   assert_int_equal (place, 11);
   /* The last one: the end moves back. */
-  store_give_back (&store, 11, 1);
-  assert_int_equal (store_take (&store, 4, &place), 4);
+  places_give_back (&places, 11, 1);
+  assert_int_equal (places_take (&places, 4, &place), 4);
   assert_int_equal (place, 11);
 }
 
@@ -128,18 +132,18 @@ many_places_given_back (void **state)
   uint64_t place;
 
   (void) state;
-  assert_int_equal (store_take (&store, nr, &place), nr);
+  assert_int_equal (places_take (&places, nr, &place), nr);
   for (uint64_t i = 1; i < nr; i += 2)
-    store_give_back (&store, place + i - 1, 1);
+    places_give_back (&places, place + i - 1, 1);
   for (uint64_t i = 1; i < nr; i += 2) {
-    assert_int_equal (store_take (&store, nr, &place), 1);
+    assert_int_equal (places_take (&places, nr, &place), 1);
     assert_int_equal (place, i);
   }
   for (uint64_t i = 1; i < nr; ++i)
-    store_give_back (&store, i, 1);
-  assert_int_equal (store_end (&store), (nr + 1) * PLACE);
-  store_give_back (&store, nr, 1);
-  assert_int_equal (store_end (&store), PLACE);
+    places_give_back (&places, i, 1);
+  assert_int_equal (places_end (&places), (nr + 1) * PLACE);
+  places_give_back (&places, nr, 1);
+  assert_int_equal (places_end (&places), PLACE);
 }
 
 static void
@@ -151,7 +155,7 @@ copied_bytes (void **state)
   (void) state;
   for (size_t i = 0; i < sizeof bytes; ++i)
     bytes[i] = (char) (i / 3);
-  assert_int_equal (store_take (&store, 2, &place), 2);
+  assert_int_equal (places_take (&places, 2, &place), 2);
   write_bytes (bytes, sizeof bytes, PLACE);
   short_transfers = true;
   assert_int_equal (store_copy (&store, PLACE, 2 * PLACE, PLACE), 0);
@@ -169,11 +173,11 @@ giving_back_without_memory (void **state)
   uint64_t place;
 
   (void) state;
-  assert_int_equal (store_take (&store, 3, &place), 3);
+  assert_int_equal (places_take (&places, 3, &place), 3);
   fail_calls_from (1, ENOMEM);
-  store_give_back (&store, 1, 1);
+  places_give_back (&places, 1, 1);
   assert_int_equal (call_has_failed (), ENOMEM);
-  assert_int_equal (store_take (&store, 1, &place), 1);
+  assert_int_equal (places_take (&places, 1, &place), 1);
   assert_int_equal (place, 4); /* lost, not given out twice */
 }
 
@@ -185,10 +189,10 @@ given_back_means_punched (void **state)
 
   (void) state;
   memset (bytes, 'x', sizeof bytes);
-  assert_int_equal (store_take (&store, 2, &place), 2);
+  assert_int_equal (places_take (&places, 2, &place), 2);
   write_bytes (bytes, sizeof bytes, PLACE);
   assert_true (bytes_used () >= PLACE);
-  store_give_back (&store, 1, 1);
+  places_give_back (&places, 1, 1);
   assert_true (bytes_used () < PLACE);
 }
 
@@ -198,13 +202,28 @@ no_place_beyond_the_longest_file (void **state)
   uint64_t place;
 
   (void) state;
-  assert_int_equal (store_take (&store, 1, &place), 1);
+  assert_int_equal (places_take (&places, 1, &place), 1);
   const uint64_t most = INT64_MAX / PLACE - 1;
-  assert_true (store_take (&store, UINT64_MAX, &place) == most - 1);
+  assert_true (places_take (&places, UINT64_MAX, &place) == most - 1);
   assert_true ((place + most - 1) * PLACE <= INT64_MAX);
   errno = 0;
-  assert_int_equal (store_take (&store, 1, &place), 0);
+  assert_int_equal (places_take (&places, 1, &place), 0);
   assert_int_equal (errno, EFBIG);
+}
+
+static void
+places_in_a_row_or_none (void **state)
+{
+  uint64_t place;
+
+  (void) state;
+  assert_int_equal (places_take (&places, 3, &place), 3);
+  places_give_back (&places, 1, 2);
+  assert_int_equal (places_take_row (&places, 2, &place), 0);
+  assert_int_equal (place, 4);
+  assert_int_equal (places_take_row (&places, UINT64_MAX, &place), -1);
+  assert_int_equal (errno, EFBIG);
+  assert_int_equal (places_end (&places), 6 * PLACE);
 }
 
 static void
@@ -214,10 +233,10 @@ directory_is_gone (void **state)
 
   (void) state;
   assert_int_equal (rmdir (dir), 0);
-  assert_int_equal (store_take (&store, 1, &place), 0);
+  assert_int_equal (places_take (&places, 1, &place), 0);
   assert_int_equal (errno, ENOENT);
   assert_int_equal (mkdir (dir, 0700), 0);
-  assert_int_equal (store_take (&store, 1, &place), 1);
+  assert_int_equal (places_take (&places, 1, &place), 1);
   assert_int_equal (place, 1);
 }
 
@@ -234,7 +253,7 @@ short_and_interrupted_transfers (void **state)
   uint64_t place;
 
   (void) state;
-  assert_int_equal (store_take (&store, 1, &place), 1);
+  assert_int_equal (places_take (&places, 1, &place), 1);
   short_transfers = true;
   assert_int_equal (store_writev (&store, iov, 3, PLACE + 3), 0);
   assert_int_equal (
@@ -250,7 +269,7 @@ errors_are_told (void **state)
   uint64_t place;
 
   (void) state;
-  assert_int_equal (store_take (&store, 1, &place), 1);
+  assert_int_equal (places_take (&places, 1, &place), 1);
   fail_calls_from (1, ENOSPC);
   struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
   assert_int_equal (store_writev (&store, &iov, 1, PLACE), -1);
@@ -267,7 +286,7 @@ punching_keeps_errno (void **state)
   uint64_t place;
 
   (void) state;
-  assert_int_equal (store_take (&store, 1, &place), 1);
+  assert_int_equal (places_take (&places, 1, &place), 1);
   fail_punches = true;
   errno = ENOSPC;
   store_punch (&store, PLACE, PLACE);
@@ -282,18 +301,18 @@ directories (void **state)
 
   (void) state;
   setenv ("TMPDIR", dir, 1);
-  found = store_find_dir (&name);
+  found = tmpdir_find (&name);
   assert_non_null (found);
   assert_string_equal (name, dir);
   free (found);
 
   setenv ("TMPDIR", "/nonexistent/dir", 1);
-  assert_null (store_find_dir (&name));
+  assert_null (tmpdir_find (&name));
   assert_int_equal (errno, ENOENT);
   assert_string_equal (name, "/nonexistent/dir");
 
   setenv ("TMPDIR", "", 1); /* means unset */
-  found = store_find_dir (&name);
+  found = tmpdir_find (&name);
   assert_string_equal (name, "/var/tmp");
   free (found);
 }
@@ -314,6 +333,7 @@ main (void)
     WITH_STORE (giving_back_without_memory),
     WITH_STORE (given_back_means_punched),
     WITH_STORE (no_place_beyond_the_longest_file),
+    WITH_STORE (places_in_a_row_or_none),
     WITH_STORE (directory_is_gone),
     WITH_STORE (short_and_interrupted_transfers),
     WITH_STORE (errors_are_told),
