@@ -98,7 +98,7 @@ struct finish {
   struct used used;
   uint64_t *l1;       /* big-endian */
   uint64_t *reftable; /* big-endian */
-  uint64_t nr_refcount_blocks, max_refcount_blocks;
+  uint64_t nr_refcount_blocks;
 };
 
 static int
@@ -193,25 +193,38 @@ end_of_used (const struct finish *f)
   return f->used.end * f->s->geometry.cluster_size;
 }
 
-/* Take refcount blocks for all that is in use, also themselves. */
+/* Take a refcount block, which the refcount table has another entry for. */
 static int
-take_refcount_blocks (struct finish *f)
+take_refcount_block (struct finish *f)
+{
+  const uint64_t max = f->tables->reftable_room / 8;
+  uint64_t offset;
+
+  if (f->nr_refcount_blocks == max) {
+    errno = EFBIG;
+    return -1;
+  }
+  if (take_cluster (f, &offset) == -1)
+    return -1;
+  f->reftable[f->nr_refcount_blocks++] = qcow2_reftable_entry (offset);
+  return mark_bytes (f, f->tables->reftable_offset, f->nr_refcount_blocks * 8);
+}
+
+/* Take refcount blocks for all that is in use, also themselves and their table. */
+static int
+take_refcounts (struct finish *f)
 {
   const struct qcow2_geometry *g = &f->s->geometry;
   const uint64_t per_block = qcow2_refcounts_per_block (g);
 
-  while (f->nr_refcount_blocks * per_block * g->cluster_size
-         < end_of_used (f)) {
-    uint64_t offset;
-
-    if (f->nr_refcount_blocks == f->max_refcount_blocks) {
-      errno = EFBIG;
+  if (tables_have_refcounts (f->tables) == -1)
+    return -1;
+  f->reftable = calloc (f->tables->reftable_room / 8, sizeof *f->reftable);
+  if (!f->reftable)
+    return -1;
+  while (f->nr_refcount_blocks * per_block * g->cluster_size < end_of_used (f))
+    if (take_refcount_block (f) == -1)
       return -1;
-    }
-    if (take_cluster (f, &offset) == -1)
-      return -1;
-    f->reftable[f->nr_refcount_blocks++] = qcow2_reftable_entry (offset);
-  }
   return 0;
 }
 
@@ -233,12 +246,10 @@ finish_refcount_blocks (struct finish *f)
   return 0;
 }
 
-/* Write those pages of the head's TABLE that hold anything.  The others are
- * holes.
- */
+/* Write those pages of TABLE that hold anything.  The others are holes. */
 static int
-finish_head_table (struct finish *f, const uint64_t *table, uint64_t entries,
-                   uint64_t offset)
+finish_table (struct finish *f, const uint64_t *table, uint64_t entries,
+              uint64_t offset)
 {
   const uint64_t per_page = 512;
 
@@ -295,14 +306,13 @@ finish_all (struct finish *f)
   tables_take_again (f->tables);
   if (mark_bytes (f, 0, g->cluster_size) == -1
       || mark_bytes (f, t->l1_offset, g->l1_entries * 8) == -1
-      || finish_l2_tables (f) == -1 || take_refcount_blocks (f) == -1
-      || mark_bytes (f, t->reftable_offset, f->nr_refcount_blocks * 8) == -1)
+      || finish_l2_tables (f) == -1 || take_refcounts (f) == -1)
     return -1;
 
   if (finish_refcount_blocks (f) == -1
-      || finish_head_table (f, f->l1, g->l1_entries, t->l1_offset) == -1
-      || finish_head_table (f, f->reftable, f->nr_refcount_blocks,
-                            t->reftable_offset)
+      || finish_table (f, f->l1, g->l1_entries, t->l1_offset) == -1
+      || finish_table (f, f->reftable, f->nr_refcount_blocks,
+                       t->reftable_offset)
            == -1
       || writer_flush (&f->writer) == -1 || finish_header (f) == -1
       || store_truncate (f->s->store,
@@ -322,7 +332,6 @@ image_finish (const struct image_source *source, struct tables *tables)
     .tables = tables,
     .writer = { .store = source->store,
                 .size = MAX (g->cluster_size, UINT32_C (1) << 20) },
-    .max_refcount_blocks = tables->reftable_room / 8,
   };
   int r = -1;
 
@@ -330,8 +339,7 @@ image_finish (const struct image_source *source, struct tables *tables)
     return -1;
   f.writer.buf = malloc (f.writer.size);
   f.l1 = calloc (g->l1_entries, sizeof *f.l1);
-  f.reftable = calloc (f.max_refcount_blocks, sizeof *f.reftable);
-  if (f.writer.buf && f.l1 && f.reftable)
+  if (f.writer.buf && f.l1)
     r = finish_all (&f);
 
   const int err = errno;

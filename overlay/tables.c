@@ -9,7 +9,9 @@
  *                                         L2 tables and refcount blocks
  *
  * The head has its final layout from the start, for an L1 table must lie in one
- * piece.  Space in it is set aside page by page, as the disk is touched.
+ * piece.  Space in it is set aside page by page, as the disk is touched.  A refcount
+ * table that gets too long for the head, as that of a file with old versions of the
+ * disk does, moves to places in a row.
  *
  * What is needed: one cluster for each L2 table with an entry that is not "hole",
  * and refcount blocks for all of the file.  They are set aside in advance by a few
@@ -48,9 +50,7 @@ bytes_per_refcount_block (const struct qcow2_geometry *g)
   return qcow2_refcounts_per_block (g) * g->cluster_size;
 }
 
-/* Room for the refcount table of a file that holds all of the disk twice.  A longer
- * one cannot be made into an image, and has to be copied.
- */
+/* Room in the head for the refcount table of a file that holds all of the disk twice. */
 static uint64_t
 reftable_room (const struct qcow2_geometry *g)
 {
@@ -73,6 +73,15 @@ tables_head_size (const struct qcow2_geometry *g)
   return reftable_offset (g) + reftable_room (g);
 }
 
+/* Caller holds the lock, or is alone. */
+static void
+use_reftable (struct tables *t, uint64_t offset, uint64_t room, uint64_t space)
+{
+  t->reftable_offset = offset;
+  t->reftable_room = MIN (room, QCOW2_MAX_REFTABLE_SIZE);
+  t->reftable_space = space;
+}
+
 int
 tables_init (struct tables *t, const struct qcow2_geometry *g,
              struct places *places, enum tables_space space)
@@ -84,9 +93,8 @@ tables_init (struct tables *t, const struct qcow2_geometry *g,
     .places = places,
     .space = space,
     .l1_offset = g->cluster_size,
-    .reftable_offset = reftable_offset (g),
-    .reftable_room = reftable_room (g),
   };
+  use_reftable (t, reftable_offset (g), reftable_room (g), 0);
   t->l1_pages = calloc (nr_pages / 64 + 1, sizeof *t->l1_pages);
   if (!t->l1_pages)
     return -1;
@@ -257,39 +265,92 @@ refcount_blocks (const struct tables *t, uint64_t end)
   return end / bytes_per_refcount_block (&t->geometry) + 2;
 }
 
+/* The same, and something in advance if that is to be had. */
+static int
+have_space_in_advance (struct tables *t, uint64_t wanted)
+{
+  const uint64_t cluster = t->geometry.cluster_size;
+  const uint64_t quarter = t->nr_with_space / 4 * cluster;
+  const uint64_t advance
+    = MIN (MAX (quarter, MIN_ADVANCE), MAX_ADVANCE) / cluster;
+
+  if (have_space (t, wanted + advance) == 0)
+    return 0;
+  return advance == 0 ? -1 : have_space (t, wanted);
+}
+
+/* Move the refcount table to places where SIZE bytes of it fit, and more, so that it
+ * moves a few times only.  Where it was is given back.  Caller holds the lock.
+ */
+static int
+move_reftable (struct tables *t, uint64_t size)
+{
+  const uint64_t place_size = t->places->size;
+  const uint64_t room = MAX (2 * t->reftable_room, size);
+  const uint64_t space = ROUND_UP (size, PAGE);
+  struct place_run row = { .count = (room - 1) / place_size + 1 };
+
+  if (places_take_row (t->places, row.count, &row.first) == -1)
+    return -1;
+  if (set_aside (t, row.first * place_size, space) == -1) {
+    const int err = errno;
+
+    places_give_back (t->places, row.first, row.count);
+    errno = err;
+    return -1;
+  }
+  if (t->reftable_row.count > 0)
+    places_give_back (t->places, t->reftable_row.first, t->reftable_row.count);
+  else if (t->reftable_space > 0)
+    store_punch (t->places->store, t->reftable_offset, t->reftable_space);
+  t->reftable_row = row;
+  use_reftable (t, row.first * place_size, row.count * place_size, space);
+  return 0;
+}
+
+/* Have space for SIZE bytes of the refcount table, for which there is room.  Caller
+ * holds the lock.
+ */
+static int
+have_reftable_space (struct tables *t, uint64_t size)
+{
+  const uint64_t wanted = ROUND_UP (size, PAGE);
+
+  if (wanted <= t->reftable_space)
+    return 0;
+  if (set_aside (t, t->reftable_offset + t->reftable_space,
+                 wanted - t->reftable_space)
+      == -1)
+    return -1;
+  t->reftable_space = wanted;
+  return 0;
+}
+
 /* Have space for what is known to be needed now, and something in advance.  Caller
  * holds the lock.
  */
 static int
 have_space_for_now (struct tables *t)
 {
-  const uint64_t cluster = t->geometry.cluster_size;
-  uint64_t nr_blocks;
+  uint64_t nr_blocks, reftable;
+  int r = 0;
 
-  for (;;) {
+  do {
     nr_blocks = refcount_blocks (t, places_end (t->places));
+    /* A file for which that is not enough is copied when it is saved. */
+    reftable = MIN (nr_blocks * 8, QCOW2_MAX_REFTABLE_SIZE);
 
-    const uint64_t needed = t->nr_l2 + nr_blocks;
-    if (needed <= t->nr_with_space)
+    const uint64_t clusters = t->nr_l2 + nr_blocks;
+    if (reftable > t->reftable_room)
+      r = move_reftable (t, reftable);
+    else if (clusters > t->nr_with_space)
+      r = have_space_in_advance (t, clusters);
+    else
       break;
+  } while (r == 0);
 
-    const uint64_t quarter = t->nr_with_space / 4 * cluster;
-    const uint64_t advance
-      = MIN (MAX (quarter, MIN_ADVANCE), MAX_ADVANCE) / cluster;
-    if (have_space (t, needed + advance) == -1
-        && (advance == 0 || have_space (t, needed) == -1))
-      return -1;
-  }
-
-  const uint64_t reftable_end
-    = MIN (ROUND_UP (nr_blocks * 8, PAGE), t->reftable_room);
-  if (reftable_end > t->reftable_space) {
-    if (set_aside (t, t->reftable_offset + t->reftable_space,
-                   reftable_end - t->reftable_space)
-        == -1)
-      return -1;
-    t->reftable_space = reftable_end;
-  }
+  if (r == -1 || have_reftable_space (t, reftable) == -1)
+    return -1;
   atomic_store (&t->covered,
                 (nr_blocks - 1) * bytes_per_refcount_block (&t->geometry));
   return 0;
@@ -394,6 +455,17 @@ tables_take (struct tables *t, uint64_t *offset)
   *offset = find_piece (t, t->nr_used, t->nr_used + 1).offset;
   t->nr_used++;
   return 0;
+}
+
+int
+tables_have_refcounts (struct tables *t)
+{
+  LOCK_FOR_SCOPE (&t->lock);
+
+  /* Where no space was set aside, these have it by being written to. */
+  t->nr_l2 = MAX (t->nr_l2, t->nr_used);
+  t->nr_with_space = MAX (t->nr_with_space, t->nr_used);
+  return have_needed_space (t);
 }
 
 void

@@ -3,8 +3,8 @@
 /* Where the tables of a qcow2 image lie in an overlay file, and the space for them.
  *
  * An overlay file becomes an image where it lies (image.h).  Its head has room for
- * the header, the L1 table and the refcount table; L2 tables and refcount blocks
- * go into places that are taken for them.  Their space is set aside when the
+ * the header, the L1 table and most often the refcount table; L2 tables and refcount
+ * blocks go into places that are taken for them.  Their space is set aside when the
  * request is made that will need it, so that saving does not fail on a full file
  * system.
  */
@@ -26,20 +26,21 @@ enum tables_space {
 };
 
 struct tables {
-  struct qcow2_geometry geometry; /* constant, as are the next five */
+  struct qcow2_geometry geometry; /* constant, as are the next three */
   struct places *places;
   enum tables_space space;
   uint64_t l1_offset;
-  uint64_t reftable_offset;
-  uint64_t reftable_room; /* bytes of the head for the refcount table */
 
   _Atomic uint64_t covered; /* a file of this length has its refcount blocks;
                              * changes only under the lock */
   pthread_mutex_t lock;     /* taken before the places'; guards what follows */
   uint64_t nr_l2;           /* L2 tables asked for */
   uint64_t *l1_pages;       /* bitmap: pages of the L1 table with space */
-  uint64_t reftable_space;  /* bytes of the refcount table with space */
-  struct place_run *runs;   /* places taken for tables */
+  uint64_t reftable_offset; /* where the refcount table lies, */
+  uint64_t reftable_room;   /* how many bytes it can have there, */
+  uint64_t reftable_space;  /* and for how many there is space */
+  struct place_run reftable_row; /* its places; none: it lies in the head */
+  struct place_run *runs;        /* places taken for tables */
   size_t nr_runs, max_runs;
   uint64_t nr_clusters;   /* in them */
   uint64_t nr_with_space; /* the first so many of them */
@@ -74,6 +75,11 @@ extern void tables_cancel_l2 (struct tables *tables, uint64_t count);
  */
 extern void tables_take_again (struct tables *tables);
 extern int tables_take (struct tables *tables, uint64_t *offset);
+
+/* When all L2 tables have been taken: have clusters for the refcounts of the file, and a
+ * refcount table (reftable_offset) that is long enough for them.  As above.
+ */
+extern int tables_have_refcounts (struct tables *tables);
 
 /* Punch what was set aside and not taken.  As above. */
 extern void tables_give_back (struct tables *tables);

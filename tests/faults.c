@@ -230,6 +230,8 @@ __wrap_pwritev (int fd, const struct iovec *iov, int nr_iov, off_t offset)
 int
 __wrap_fallocate (int fd, int mode, off_t offset, off_t count)
 {
+  if (mode == 0 && fails ()) /* to set space aside */
+    return -1;
   if (before_punch) {
     void (*call) (void) = before_punch;
 

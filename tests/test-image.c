@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -440,6 +441,75 @@ test_many_tables (void **state)
   free (buf);
 }
 
+/* A file in which so many places went to old versions of the disk that the refcount
+ * table is too long for the head: it moves, more than once, and stays where it was when
+ * there is no space elsewhere.
+ */
+static void
+test_long_file (void **state)
+{
+  static const uint64_t added[] = { 9 * 1024 * MIB, 130 * 1024 * MIB };
+  struct stat st;
+  uint64_t place;
+
+  (void) state;
+  if (sizeof (size_t) < sizeof (uint64_t))
+    skip ();
+  set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
+  change_slots (20);
+  for (unsigned i = 0; i < 2; ++i) {
+    const uint64_t offset = tables.reftable_offset;
+
+    assert_int_equal (
+      places_take_row (&places, added[i] / slot_bytes (), &place), 0);
+    fail_calls_from (1, ENOSPC);
+    assert_int_equal (tables_reserve_refcounts (&tables), -1);
+    assert_int_equal (call_has_failed (), ENOSPC);
+    assert_true (tables.reftable_offset == offset);
+    change_slots (20);
+    assert_true (tables.reftable_offset >= place * slot_bytes ());
+  }
+
+  /* All that the save will need has space. */
+  const uint64_t end = places_end (&places);
+  assert_int_equal (image_finish (&source, &tables), 0);
+  assert_true (places_end (&places) == end);
+  assert_true (tables.nr_used <= tables.nr_with_space);
+  assert_int_equal (fstat (store.file.fd, &st), 0);
+  const size_t size = (size_t) st.st_size;
+  char *image = mmap (NULL, size, PROT_READ, MAP_SHARED, store.file.fd, 0);
+  assert_true (image != MAP_FAILED);
+  check_image (image, size);
+  assert_true (header.reftable_offset > 100 * 1024 * MIB);
+  munmap (image, size);
+}
+
+/* Where nothing was set aside, an overlay can be made into an image all the same. */
+static void
+test_long_file_unplanned (void **state)
+{
+  struct stat st;
+  uint64_t place;
+
+  (void) state;
+  if (sizeof (size_t) < sizeof (uint64_t))
+    skip ();
+  set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
+  tables.space = TABLES_UNPLANNED;
+  change_slots (20);
+  assert_int_equal (
+    places_take_row (&places, 9 * 1024 * MIB / slot_bytes (), &place), 0);
+  change_slots (20);
+  change_slot (100, 1);
+  assert_int_equal (image_finish (&source, &tables), 0);
+  assert_int_equal (fstat (store.file.fd, &st), 0);
+  const size_t size = (size_t) st.st_size;
+  char *image = mmap (NULL, size, PROT_READ, MAP_SHARED, store.file.fd, 0);
+  assert_true (image != MAP_FAILED);
+  check_image (image, size);
+  munmap (image, size);
+}
+
 /* What was set aside and not needed is given back. */
 static void
 test_space (void **state)
@@ -552,6 +622,8 @@ main (void)
     cmocka_unit_test_teardown (test_empty, tear_down),
     cmocka_unit_test_teardown (test_unused_places, tear_down),
     cmocka_unit_test_teardown (test_many_tables, tear_down),
+    cmocka_unit_test_teardown (test_long_file, tear_down),
+    cmocka_unit_test_teardown (test_long_file_unplanned, tear_down),
     cmocka_unit_test_teardown (test_space, tear_down),
     cmocka_unit_test_teardown (test_failures, tear_down),
     cmocka_unit_test_teardown (test_plan_failures, tear_down),
