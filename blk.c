@@ -38,6 +38,32 @@
 #include "overlay/look.h"
 #include "overlay/private.h"
 
+/* What can be done about an error of the overlay's file; "" where that is not known. */
+static const char *
+advice (int err)
+{
+  switch (err) {
+  case ENOSPC:
+  case EDQUOT:
+    return "; what was written before can be read, and trimming some of it "
+           "makes room";
+  case EFBIG:
+    return "; what was written before can be read, and trimming some of it "
+           "makes room: the file is as long as its file system, or ulimit -f, "
+           "allows";
+  case ENOENT:
+    return "; make that directory again";
+  case EMFILE:
+  case ENFILE:
+    return "; raise the limit on open files";
+  case EACCES:
+  case EROFS:
+    return "; let the server make files there";
+  default:
+    return "";
+  }
+}
+
 int
 blk_error (const struct overlay *o, int err)
 {
@@ -48,9 +74,7 @@ blk_error (const struct overlay *o, int err)
   if (err == ENOMEM)
     nbdkit_error ("cow: out of memory for the map of an overlay");
   else
-    nbdkit_error ("cow: overlay file in %s: %m; what was written before can "
-                  "be read, and trimming some of it makes room",
-                  o->store.dir);
+    nbdkit_error ("cow: overlay file in %s: %m%s", o->store.dir, advice (err));
 
   switch (err) {
   case EPERM:
