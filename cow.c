@@ -31,6 +31,7 @@
 #include "server/lone.h"
 #include "server/overlays.h"
 #include "server/save.h"
+#include "server/target.h"
 #include "server/views.h"
 
 /* The callbacks have the parameters that nbdkit gives them. */
@@ -367,6 +368,10 @@ cow_config_complete (nbdkit_next_config_complete *next, nbdkit_backend *nxdata)
 static int
 find_images (struct overlays_options *options)
 {
+  if (cow_save.target
+      && target_make_directory (cow_save.target, cow_loads, nr_cow_loads)
+           == -1)
+    return -1;
   if (nr_cow_loads > 0) {
     const struct loads_options loads = {
       .save_name = cow_save.target,

@@ -297,6 +297,23 @@ finish_header (struct finish *f)
   return store_writev (f->s->store, &iov, 1, 0);
 }
 
+static uint64_t
+end_of_image (const struct finish *f)
+{
+  return MAX (end_of_used (f), QCOW2_MIN_FILE_SIZE);
+}
+
+/* Its end may be a hole. */
+static int
+extend_file (const struct store *store, uint64_t end)
+{
+  uint64_t size;
+
+  if (store_size (store, &size) == -1)
+    return -1;
+  return size < end ? store_truncate (store, end) : 0;
+}
+
 static int
 finish_all (struct finish *f)
 {
@@ -315,16 +332,15 @@ finish_all (struct finish *f)
                        t->reftable_offset)
            == -1
       || writer_flush (&f->writer) == -1 || finish_header (f) == -1
-      || store_truncate (f->s->store,
-                         MAX (end_of_used (f), QCOW2_MIN_FILE_SIZE))
-           == -1)
+      || extend_file (f->s->store, end_of_image (f)) == -1)
     return -1;
   tables_give_back (f->tables);
   return 0;
 }
 
 int
-image_finish (const struct image_source *source, struct tables *tables)
+image_finish (const struct image_source *source, struct tables *tables,
+              uint64_t *end)
 {
   const struct qcow2_geometry *g = &source->geometry;
   struct finish f = {
@@ -341,6 +357,7 @@ image_finish (const struct image_source *source, struct tables *tables)
   f.l1 = calloc (g->l1_entries, sizeof *f.l1);
   if (f.writer.buf && f.l1)
     r = finish_all (&f);
+  *end = end_of_image (&f);
 
   const int err = errno;
   free (f.used.words);

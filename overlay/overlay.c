@@ -374,26 +374,6 @@ overlay_release (struct overlay *o, struct frozen_map *frozen)
   free (frozen);
 }
 
-/* Punch what of FROZEN the map that is to be saved has not.  No place that FROZEN has
- * was given to another slot.
- */
-static void
-punch_only_in (const struct overlay *o, const struct frozen_map *frozen)
-{
-  const struct map *map = &frozen->map;
-
-  for (uint64_t nr = map_next (map, 0); nr < map->nr_slots;
-       nr = map_next (map, nr + 1)) {
-    const struct slot_pair pair = slot_load (map_find (map, nr));
-    const struct slot_pair last = slot_load (map_find (&o->last.map, nr));
-    const uint32_t kept
-      = last.place == pair.place ? bitmap_allocated (last.state) : 0;
-
-    overlay_punch_blocks (o, pair.place,
-                          bitmap_allocated (pair.state) & ~kept);
-  }
-}
-
 void
 overlay_cut_views (struct overlay *o)
 {
@@ -402,13 +382,83 @@ overlay_cut_views (struct overlay *o)
   /* A release that has begun is waited for; later ones leave the file alone. */
   HOLD (&o->release_lock);
 
-  {
-    HOLD_EXCLUSIVE (&o->view_lock);
-    atomic_store (&o->life, OVERLAY_CUT);
+  HOLD_EXCLUSIVE (&o->view_lock);
+  atomic_store (&o->life, OVERLAY_CUT);
+  o->had_views = o->last.older;
+}
+
+bool
+overlay_had_views (const struct overlay *o)
+{
+  return o->had_views;
+}
+
+/* Who looks for what is not used, and for how long runs of blocks. */
+struct search {
+  const struct overlay *o;
+  bool (*function) (void *opaque, uint64_t offset, uint64_t count);
+  void *opaque;
+  unsigned shortest, longest; /* in blocks */
+};
+
+/* Of the slot at PLACE, blocks are not used.  False: the search is over. */
+static bool
+find_in_slot (const struct search *s, uint64_t place, uint32_t blocks)
+{
+  const struct overlay *o = s->o;
+
+  while (blocks) {
+    const unsigned first = (unsigned) __builtin_ctz (blocks);
+    const unsigned count = bitmap_run_of_ones (blocks, first);
+
+    if (count >= s->shortest && count <= s->longest
+        && !s->function (s->opaque,
+                         (place << o->slot_shift)
+                           + ((uint64_t) first << o->block_shift),
+                         (uint64_t) count << o->block_shift))
+      return false;
+    blocks &= ~bitmap_mask (first, count);
   }
+  return true;
+}
+
+/* What of FROZEN has the map not that is to be saved?  No place that FROZEN has was
+ * given to another slot.
+ */
+static bool
+find_only_in (const struct search *s, const struct frozen_map *frozen)
+{
+  const struct map *map = &frozen->map;
+
+  for (uint64_t nr = map_next (map, 0); nr < map->nr_slots;
+       nr = map_next (map, nr + 1)) {
+    const struct slot_pair pair = slot_load (map_find (map, nr));
+    const struct slot_pair last = slot_load (map_find (&s->o->last.map, nr));
+    const uint32_t kept
+      = last.place == pair.place ? bitmap_allocated (last.state) : 0;
+
+    if (!find_in_slot (s, pair.place, bitmap_allocated (pair.state) & ~kept))
+      return false;
+  }
+  return true;
+}
+
+void
+overlay_find_unused (struct overlay *o,
+                     bool (*function) (void *opaque, uint64_t offset,
+                                       uint64_t count),
+                     void *opaque)
+{
+  const struct search searches[] = {
+    { o, function, opaque, SLOT_BLOCKS / 2, SLOT_BLOCKS },
+    { o, function, opaque, 1, SLOT_BLOCKS / 2 - 1 },
+  };
 
   /* Under the release lock the list does not lose any, and closed, it gains none. */
-  if (o->fate == OVERLAY_SAVED_IN_PLACE)
+  HOLD (&o->release_lock);
+
+  for (size_t i = 0; i < 2; ++i)
     for (const struct frozen_map *f = o->last.older; f; f = f->older)
-      punch_only_in (o, f);
+      if (!find_only_in (&searches[i], f))
+        return;
 }

@@ -91,10 +91,22 @@ extern bool overlay_is_closed (struct overlay *overlay);
  */
 extern void overlay_close (struct overlay *overlay);
 
-/* Let those who read frozen maps do so no longer (they get ESHUTDOWN where they need
- * the file), and punch what only those have.  The overlay must be closed.
+/* Let those who read frozen maps do so no longer: they get ESHUTDOWN where they need
+ * the file.  The overlay must be closed.
  */
 extern void overlay_cut_views (struct overlay *overlay);
+
+/* Were there any, when they were cut off? */
+extern bool overlay_had_views (const struct overlay *overlay);
+
+/* Call FUNCTION for ranges of the file that only views had, when they were cut off,
+ * until it returns false.  Long ones come first.
+ */
+extern void overlay_find_unused (struct overlay *overlay,
+                                 bool (*function) (void *opaque,
+                                                   uint64_t offset,
+                                                   uint64_t count),
+                                 void *opaque);
 
 /* Bytes of the file at OFFSET, for who holds a frozen map that has them.  -1 and
  * errno; ESHUTDOWN when views were cut off.

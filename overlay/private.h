@@ -57,6 +57,7 @@ struct overlay {
    * the view lock whether views are cut off.
    */
   _Atomic (enum overlay_life) life;
+  bool had_views;      /* when they were cut off; then constant */
   atomic_bool changed; /* set before the first change of a slot */
 
   /* Looked at under the request lock; slots are changed under their slot lock too. */

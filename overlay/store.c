@@ -210,6 +210,17 @@ store_set_aside (const struct store *store, uint64_t offset, uint64_t count)
 }
 
 int
+store_size (const struct store *store, uint64_t *size)
+{
+  struct stat st;
+
+  if (fstat (store->file.fd, &st) == -1)
+    return -1;
+  *size = (uint64_t) st.st_size;
+  return 0;
+}
+
+int
 store_truncate (const struct store *store, uint64_t size)
 {
   int r;

@@ -89,6 +89,9 @@ extern int store_copy (struct store *store, uint64_t from, uint64_t to,
 extern int store_set_aside (const struct store *store, uint64_t offset,
                             uint64_t count);
 
+/* How long the file is, in *SIZE.  -1 and errno. */
+extern int store_size (const struct store *store, uint64_t *size);
+
 /* Let the file end at SIZE. */
 extern int store_truncate (const struct store *store, uint64_t size);
 

@@ -7,8 +7,8 @@
  * freed; one without is freed at once, unless it was changed and belongs to an
  * export.
  *
- * An overlay is loaded by its first user, under a lock of its own; the others wait
- * for it there.  Saving does not wait: what is still being loaded is not saved, as
+ * An overlay is loaded by its first user, under a lock of its own, and what it is going
+ * to replace is looked at there; the others wait for it.  Saving does not wait: what is still being loaded is not saved, as
  * nobody can have written to it.
  */
 
@@ -33,27 +33,26 @@
 #include "server/identity.h"
 #include "server/loads.h"
 #include "server/names.h"
-#include "server/locks.h"
 #include "server/overlays.h"
 #include "server/save.h"
 #include "server/tmpdir.h"
 
 /* An overlay and those who use it. */
 struct overlay_entry {
-  char *name;               /* of the export; constant */
-  struct overlay *overlay;  /* constant */
-  struct file_lock *target; /* constant: on what it replaces, or NULL */
-  uint64_t users;           /* connections; guarded by the set's lock */
-  struct qcow2_base base;   /* set while it is loaded, if that is wanted; then
-                             * constant */
-  pthread_mutex_t lock;     /* held while it is loaded; guards views */
+  char *name;              /* of the export; constant */
+  struct overlay *overlay; /* constant */
+  uint64_t users;          /* connections; guarded by the set's lock */
+  struct save_target
+    target;               /* what it replaces; constant when READY, as is... */
+  struct qcow2_base base; /* if that is wanted */
+  pthread_mutex_t lock;   /* held while it is made ready; guards views */
   struct shared_view {
     struct view *view; /* NULL: nobody has it */
     uint64_t users;    /* connections */
   } views[NR_VIEWS];
   _Atomic enum entry_state {
     ENTRY_NEW,
-    ENTRY_READY,  /* loaded, if there was something */
+    ENTRY_READY,  /* can be saved, and is loaded, if there was something */
     ENTRY_FAILED, /* what is in it is of no use */
   } state;        /* changes once, under lock */
 };
@@ -62,21 +61,28 @@ struct overlays {
   struct overlays_options options; /* constant */
   char *dir;                       /* constant: of the overlay files */
   pthread_mutex_t lock;            /* guards what follows */
-  void *by_name;          /* tree (tsearch) of those of SCOPE_EXPORT */
-  uint64_t count;         /* of all overlays */
-  bool ending;            /* no new users */
-  bool had_user;          /* somebody has had an overlay, loaded; */
+  void *by_name;  /* tree (tsearch) of those of SCOPE_EXPORT */
+  uint64_t count; /* of all overlays */
+  enum {
+    SET_OPEN,
+    SET_CLOSED, /* to new users: the server ends */
+    SET_SAVED,  /* or kept elsewhere, or lost: all that there was */
+  } state;
+  bool had_user; /* before it was closed, somebody got an overlay, loaded; */
   struct qcow2_base base; /* that was its base */
-  bool saved;             /* the one image, if there is one */
   char *default_name; /* of the plugin's default export; NULL: nobody asked */
 };
 
 static void
-report_directory (const char *dir)
+report_directory (const struct save *save, const char *dir)
 {
-  nbdkit_error ("cow: cannot make a file in %s, the directory for overlays: "
-                "%m; set TMPDIR to one that can be written",
-                dir);
+  if (save && save_directory (save))
+    nbdkit_error ("cow-save=%s: cannot make a file in %s: %m",
+                  save_name (save), dir);
+  else
+    nbdkit_error ("cow: cannot make a file in %s, the directory for "
+                  "overlays: %m; set TMPDIR to one that can be written",
+                  dir);
 }
 
 /* An overlay keeps its file open, a connection its socket, and the base may want
@@ -105,7 +111,7 @@ find_dir (const struct overlays_options *options)
   char *dir = name ? strdup (name) : tmpdir_find (&name);
 
   if (!dir)
-    report_directory (name);
+    report_directory (options->save, name);
   return dir;
 }
 
@@ -143,7 +149,7 @@ overlays_start (const struct overlays *s)
       && save_check_again (s->options.save, s->options.loads) == -1)
     return -1;
   if (newfile_check_dir (s->dir) == -1) {
-    report_directory (s->dir);
+    report_directory (s->options.save, s->dir);
     return -1;
   }
   return 0;
@@ -156,7 +162,7 @@ free_entry (void *pointer)
 
   if (entry) {
     overlay_free (entry->overlay);
-    locks_give_back (entry->target, IMAGE_WRITE);
+    save_forget_target (&entry->target);
     pthread_mutex_destroy (&entry->lock);
     free (entry->name);
     free (entry);
@@ -231,12 +237,11 @@ report_refusal (const struct overlays *s, const char *name, uint64_t size)
                   printable (name).text);
 }
 
-/* May there be an overlay for the export NAME, which has none yet?  Then *TARGET is the
- * lock on what it replaces.  Caller holds the lock.  -1 if not, which was reported.
+/* May there be an overlay for the export NAME, which has none yet?  Caller holds
+ * the lock.  -1 if not, which was reported.
  */
 static int
-check_new (const struct overlays *s, const char *name,
-           struct file_lock **target)
+check_new (const struct overlays *s, const char *name)
 {
   const struct save *save = s->options.save;
 
@@ -256,7 +261,7 @@ check_new (const struct overlays *s, const char *name,
                   printable (name).text, save_name (save));
     return -1;
   }
-  return save_check_export (save, s->options.loads, name, target);
+  return 0;
 }
 
 /* Add an overlay to the set.  Caller holds the lock. */
@@ -264,17 +269,14 @@ static struct overlay_entry *
 add (struct overlays *s, const char *name, uint64_t size)
 {
   struct overlay_entry *entry;
-  struct file_lock *target = NULL;
 
-  if (check_new (s, name, &target) == -1)
+  if (check_new (s, name) == -1)
     return NULL;
   entry = new_entry (s, name, size);
   if (!entry) {
     report_refusal (s, name, size);
-    locks_give_back (target, IMAGE_WRITE);
     return NULL;
   }
-  entry->target = target;
   if (s->options.scope == SCOPE_EXPORT
       && !tsearch (entry, &s->by_name, compare_names)) {
     errno = ENOMEM;
@@ -298,7 +300,7 @@ find_or_add (struct overlays *s, const char *name, uint64_t size)
   struct overlay_entry *entry
     = s->options.scope == SCOPE_EXPORT ? find (s, name) : NULL;
 
-  if (s->ending) {
+  if (s->state != SET_OPEN) {
     nbdkit_debug ("cow: export \"%s\" refused: the server ends", name);
     return NULL;
   }
@@ -333,11 +335,16 @@ learn_base (const struct overlays *s, struct overlay_entry *entry,
                   printable (entry->name).text, strerror (err));
 }
 
-/* Caller holds the lock of the entry. */
+/* See that it can be saved, and load what there is.  Caller holds the entry's lock. */
 static enum entry_state
 fill_entry (const struct overlays *s, struct overlay_entry *entry,
             const struct base *base)
 {
+  if (s->options.save
+      && save_check_export (s->options.save, s->options.loads, entry->name,
+                            &entry->target)
+           == -1)
+    return ENTRY_FAILED;
   if (s->options.save || s->options.loads)
     learn_base (s, entry, base);
   if (s->options.loads
@@ -348,9 +355,9 @@ fill_entry (const struct overlays *s, struct overlay_entry *entry,
   return ENTRY_READY;
 }
 
-/* Load what there is, if that was not done.  -1 if it failed, which was reported. */
+/* The same, if that was not done.  -1 if it failed, which was reported. */
 static int
-load_entry (const struct overlays *s, struct overlay_entry *entry,
+make_ready (const struct overlays *s, struct overlay_entry *entry,
             const struct base *base)
 {
   if (entry->state == ENTRY_READY)
@@ -370,13 +377,13 @@ overlays_get (struct overlays *s, const char *name, const struct base *base)
 
   if (!entry)
     return NULL;
-  if (load_entry (s, entry, base) == -1) {
+  if (make_ready (s, entry, base) == -1) {
     overlays_put (s, entry);
     return NULL;
   }
 
   LOCK_FOR_SCOPE (&s->lock);
-  if (!s->ending) {
+  if (s->state == SET_OPEN) {
     s->had_user = true;
     s->base = entry->base;
   }
@@ -586,11 +593,11 @@ add_to_list (const void *node, VISIT which, void *list_)
 
 /* Let nobody in any more, and list who is there.  -1 and ENOMEM. */
 static int
-begin_ending (struct overlays *s, struct entry_list *list)
+close_set (struct overlays *s, struct entry_list *list)
 {
   LOCK_FOR_SCOPE (&s->lock);
 
-  s->ending = true;
+  s->state = SET_CLOSED;
   list->count = 0;
   list->entries = calloc (s->count + 1, sizeof (struct overlay_entry *));
   if (!list->entries)
@@ -599,89 +606,67 @@ begin_ending (struct overlays *s, struct entry_list *list)
   return 0;
 }
 
-static int
-save_one (struct overlays *s, const char *name, struct overlay *overlay,
-          const struct qcow2_base *base)
+static struct save_item
+item_of (const struct overlay_entry *entry)
 {
-  /* From then on nobody else uses the file. */
-  overlay_cut_views (overlay);
-  s->saved = true;
-  return save_overlay (s->options.save, s->options.loads, name, overlay, base);
+  return (struct save_item) {
+    .name = entry->name,
+    .overlay = entry->overlay,
+    .base = &entry->base,
+    .seen = &entry->target.seen,
+  };
 }
 
-/* Save an overlay in which there is nothing, of the base that was there last. */
-static int
-save_empty (struct overlays *s)
+/* Freeze all of them, as of one moment, and tell in ITEMS what is to be saved.  (One that
+ * is being loaded will fail to be, and its client be refused.)  Returns how many.
+ */
+static size_t
+close_entries (const struct entry_list *list, struct save_item *items)
 {
-  struct overlay *overlay = overlay_new (s->base.size, &s->options.overlay);
-  int r;
-
-  if (!overlay) {
-    nbdkit_error ("cow-save=%s: cannot make an empty image: %m",
-                  save_name (s->options.save));
-    return -1;
-  }
-  overlay_close (overlay);
-  r = save_one (s, "", overlay, &s->base);
-  overlay_free (overlay);
-  return r;
-}
-
-static int
-save_list (struct overlays *s, const struct entry_list *list)
-{
-  const bool per_export = save_is_per_export (s->options.save);
-  int r = 0;
+  size_t count = 0;
 
   for (uint64_t i = 0; i < list->count; ++i) {
-    const struct overlay_entry *entry = list->entries[i];
-
-    if ((!per_export || overlay_is_changed (entry->overlay))
-        && save_one (s, entry->name, entry->overlay, &entry->base) == -1)
-      r = -1;
+    overlay_close (list->entries[i]->overlay);
+    if (list->entries[i]->state == ENTRY_READY)
+      items[count++] = item_of (list->entries[i]);
   }
-  return r;
+  return count;
 }
 
 int
 overlays_save (struct overlays *s)
 {
+  struct save *save = s->options.save;
   struct entry_list list;
-  uint64_t count = 0;
-  int r;
+  CLEANUP_FREE struct save_item *items = NULL;
+  int r = 0;
 
-  if (!s->options.save)
+  if (!save)
     return 0;
-  if (begin_ending (s, &list) == -1) {
-    nbdkit_error ("cow-save=%s: cannot save: out of memory",
-                  save_name (s->options.save));
+  if (close_set (s, &list) == 0)
+    items = calloc (list.count + 1, sizeof *items);
+  if (!items) {
+    nbdkit_error ("cow-save=%s: cannot save: out of memory", save_name (save));
+    free (list.entries);
     return -1;
   }
 
-  /* All of them are frozen first, as of one moment, and then written.  (One that
-   * is being loaded will fail to be, and its client be refused.)
-   */
-  for (uint64_t i = 0; i < list.count; ++i) {
-    overlay_close (list.entries[i]->overlay);
-    if (list.entries[i]->state == ENTRY_READY)
-      list.entries[count++] = list.entries[i];
-  }
-  list.count = count;
-
-  r = save_list (s, &list);
-
-  /* Those who were there have left nothing behind. */
-  if (!s->saved && s->had_user && list.count == 0
-      && !save_is_per_export (s->options.save))
-    r = save_empty (s);
+  const size_t count = close_entries (&list, items);
   free (list.entries);
+  if (count > 0)
+    r = save_items (save, s->options.loads, items, count);
+  else if (s->had_user && !save_is_per_export (save))
+    /* Those who were there have left nothing behind. */
+    r = save_empty (save, s->options.loads, &s->base, &s->options.overlay);
+  if (count > 0 || s->had_user)
+    s->state = SET_SAVED;
   return r;
 }
 
 bool
 overlays_want_base (const struct overlays *s)
 {
-  return s->options.save && !s->saved && !s->had_user
+  return s->options.save && s->state != SET_SAVED && !s->had_user
          && !save_is_per_export (s->options.save)
          && !(s->options.loads
               && save_is_what_is_loaded (s->options.save, s->options.loads));
@@ -699,9 +684,11 @@ overlays_save_base (struct overlays *s, const struct base *base)
                   save_name (s->options.save), base->size);
     return -1;
   }
-  if (load_entry (s, entry, base) == 0) {
+  if (make_ready (s, entry, base) == 0) {
+    const struct save_item item = item_of (entry);
+
     overlay_close (entry->overlay);
-    r = save_one (s, "", entry->overlay, &entry->base);
+    r = save_items (s->options.save, s->options.loads, &item, 1);
   }
   free_entry (entry);
   return r;

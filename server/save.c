@@ -1,15 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* Saving overlays (see save.h).
- *
- * In place: the overlay's file is made in the directory of the target.  Its tables
- * are written, and it gets the target's name; no data is copied.  A stream, and
- * cow-save-compact, copy the image in the order of the disk.
- *
- * What cannot be saved where it should be is kept elsewhere as a complete image:
- * in the overlay's own file, under another name in its directory; if that fails
- * too, as a copy in the directory for temporary files; and if there is no room for
- * one, in the overlay's own file all the same, though it could not be synced.
+/* Saving overlays (see save.h): which of them, and where each goes.
  *
  * Nothing here asks the base for anything, and nothing waits for a client.
  */
@@ -17,36 +8,28 @@
 #include <config.h>
 
 #include <errno.h>
-#include <inttypes.h>
-#include <poll.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <nbdkit-filter.h>
 
 #include "common/cleanup.h"
-#include "common/debug.h"
-#include "images/finish.h"
-#include "images/image.h"
 #include "server/names.h"
+#include "overlay/giveback.h"
 #include "overlay/newfile.h"
+#include "server/publish.h"
 #include "server/backing.h"
 #include "server/save.h"
-#include "overlay/store.h"
-#include "overlay/tables.h"
 #include "server/target.h"
 #include "server/tmpdir.h"
-
-#define COPY_BYTES (1u << 20)
 
 struct save {
   struct target *target;
   struct save_options options;
   char *temporary; /* a directory for what cannot be kept elsewhere, or NULL */
+  struct target_seen
+    seen;                /* the one file, before anything was loaded from it */
+  int64_t giveback_left; /* nanoseconds; changed by the one who saves */
 };
 
 bool
@@ -130,7 +113,10 @@ save_new (const struct save_options *options, const struct loads *loads,
     save_free (s);
     return NULL;
   }
+  if (s->target->kind == TARGET_FILE)
+    s->seen = target_look (s->target->path);
   s->temporary = tmpdir_find (&name);
+  s->giveback_left = GIVEBACK_NANOSECONDS;
   return s;
 }
 
@@ -215,14 +201,14 @@ path_of_export (const struct save *s, const char *export_name)
 
 int
 save_check_export (const struct save *s, const struct loads *loads,
-                   const char *export_name, struct file_lock **lock)
+                   const char *export_name, struct save_target *found)
 {
   CLEANUP_FREE char *path = NULL;
   CLEANUP_FREE char *why = NULL;
   enum newfile_target what;
   mode_t mode;
 
-  *lock = NULL;
+  *found = (struct save_target) { .seen = s->seen };
   if (s->target->kind != TARGET_DIRECTORY)
     return 0;
   path = path_of_export (s, export_name);
@@ -233,384 +219,84 @@ save_check_export (const struct save *s, const struct loads *loads,
   }
   if (refuse_itself (s, path) == -1)
     return -1;
-  if (target_lock_file (path, lock, &why) == -1
+  found->seen = target_look (path);
+  if (target_lock_file (path, &found->lock, &why) == -1
       || target_check_file (s->target, loads, path, &what, &mode, &why)
            == -1) {
     nbdkit_error ("cow-save=%s: export refused: %s", s->target->name,
                   why ? why : "out of memory");
-    locks_give_back (*lock, IMAGE_WRITE);
+    save_forget_target (found);
     return -1;
   }
   return 0;
 }
 
+void
+save_forget_target (struct save_target *found)
+{
+  locks_give_back (found->lock, IMAGE_WRITE);
+  found->lock = NULL;
+}
+
 /*----------------------------------------------------------------------
- * Writing
+ * The end
  */
 
-/* An overlay on its way out. */
-struct job {
-  struct save *s;
-  const struct loads *loads;
-  const char *export_name;
-  struct overlay *overlay;
-  struct image_source source;
-  char *backing;                /* of source, where we have made it up; */
-  struct qcow2_header replaced; /* or where it is that of what is there */
-  bool finished;                /* its file is an image */
-  bool published;               /* an image has the name that it is to have */
-  bool damaged; /* perhaps: its disk did not take all of its file */
-  char
-    *failure; /* what went wrong first, or NULL: there is no memory to say */
-};
-
-/* Note what went wrong, with errno.  Returns -1. */
-static int __attribute__ ((format (printf, 2, 3)))
-job_failed (struct job *j, const char *format, ...)
-{
-  CLEANUP_FREE char *what = NULL;
-  const char *error = errno ? strerror (errno) : NULL;
-  va_list args;
-
-  va_start (args, format);
-  if (vasprintf (&what, format, args) == -1)
-    what = NULL;
-  va_end (args);
-
-  free (j->failure);
-  if (!what
-      || asprintf (&j->failure, "%s%s%s", what, error ? ": " : "",
-                   error ? error : "")
-           == -1)
-    j->failure = NULL;
-  return -1;
-}
-
-/* For image_read: nobody else uses the file any more. */
 static int
-read_file (void *store, void *buf, uint64_t count, uint64_t offset)
+save_one (struct save *s, const struct loads *loads,
+          const struct save_item *item)
 {
-  return store_read (store, buf, count, offset);
-}
-
-/* Write all of BUF to a descriptor that may be a pipe, and may not block. */
-static int
-write_all (int fd, const char *buf, size_t count)
-{
-  while (count > 0) {
-    const ssize_t r = write (fd, buf, count);
-
-    if (r == -1 && errno == EAGAIN) {
-      struct pollfd p = { .fd = fd, .events = POLLOUT };
-
-      poll (&p, 1, -1);
-      continue;
-    }
-    if (r == -1 && errno == EINTR)
-      continue;
-    if (r == -1)
-      return -1;
-    buf += r;
-    count -= (size_t) r;
-  }
-  return 0;
-}
-
-/* R is what a check of the overlay's file has said: what the kernel could not write to
- * the disk, it has forgotten or will forget.
- */
-static int
-check_written (struct job *j, int r)
-{
-  if (r == 0)
-    return 0;
-  j->damaged = true;
-  return job_failed (j, "the disk of %s did not take all of the overlay",
-                     j->source.store->dir);
-}
-
-/* Write the image in the order of the disk, from its start to its end. */
-static int
-copy_out (struct job *j, int fd, const char *where)
-{
-  CLEANUP_FREE char *buf = malloc (COPY_BYTES);
-  struct image *image = buf ? image_plan (&j->source) : NULL;
-  const struct image_reader reader
-    = { .read_file = read_file, .opaque = j->source.store };
-  int r = 0;
-
-  if (!image)
-    return job_failed (j, "cannot make an image");
-
-  for (uint64_t at = 0; at < image_size (image) && r == 0;) {
-    const size_t n = MIN (COPY_BYTES, image_size (image) - at);
-
-    if (image_read (image, &reader, buf, n, at) == -1)
-      r = job_failed (j, "cannot read the overlay");
-    else if (write_all (fd, buf, n) == -1)
-      r = job_failed (j, "cannot write to %s", where);
-    at += n;
-  }
-  image_free (image);
-  return r;
-}
-
-/* Make the overlay's own file into an image. */
-static int
-finish_in_place (struct job *j)
-{
-  if (j->finished)
-    return 0;
-  if (image_finish (&j->source, overlay_tables (j->overlay)) == -1)
-    return job_failed (j, "cannot write the tables of the image in %s",
-                       j->source.store->dir);
-  j->finished = true;
-  return 0;
-}
-
-static int
-save_to_stream (struct job *j)
-{
-  struct target *t = j->s->target;
-  int r;
-
-  errno = 0;
-  if (target_open_stream (t) == -1) {
-    if (errno == ENXIO) {
-      errno = 0;
-      return job_failed (j, "nobody reads the FIFO");
-    }
-    return job_failed (j, "cannot open it");
-  }
-  /* Rather no stream than one that may be damaged. */
-  r = check_written (j, store_check_written (j->source.store));
-  if (r == 0)
-    r = copy_out (j, t->fd, "it");
-  if (r == 0)
-    r = check_written (j, store_check_written (j->source.store));
-
-  /* Pipes have no sync. */
-  if (r == 0 && fsync (t->fd) == -1 && errno != EINVAL && errno != EROFS
-      && errno != ENOTSUP)
-    r = job_failed (j, "cannot sync it");
-  close (t->fd);
-  t->fd = -1;
-  return r;
-}
-
-/* Give FILE, which is an image, its name. */
-static int
-publish (struct job *j, struct newfile *file, const char *path)
-{
-  static const char *const steps[] = {
-    [NEWFILE_SYNC] = "cannot sync it",
-    [NEWFILE_NAME] = "cannot give it its name",
-    [NEWFILE_SYNC_DIRECTORY] = "cannot sync its directory",
+  CLEANUP_FREE char *path = NULL;
+  const struct publish_order order = {
+    .target = s->target,
+    .loads = loads,
+    .options = &s->options,
+    .temporary = s->temporary,
+    .giveback_left = &s->giveback_left,
+    .item = item,
   };
-  CLEANUP_FREE char *why = NULL;
-  enum newfile_target what;
-  enum newfile_step step;
-  mode_t mode;
 
-  if (target_check_file (j->s->target, j->loads, path, &what, &mode, &why)
-      == -1) {
-    errno = 0;
-    return job_failed (j, "%s", why ? why : "out of memory");
-  }
-  if (newfile_publish (file, path, what, mode, &step) == 0)
-    return 0;
-  j->published = file->published;
-  j->damaged |= file == &j->source.store->file && step == NEWFILE_SYNC;
-  return job_failed (j, "%s: %s", path, steps[step]);
-}
-
-static int
-save_to_file (struct job *j, const char *path)
-{
-  struct newfile copy;
-  int r;
-
-  if (!j->s->options.compact) {
-    /* No more than this: an error that is asked for, the sync would not see. */
-    if (finish_in_place (j) == -1
-        || check_written (j, store_check_early (j->source.store)) == -1)
-      return -1;
-    return publish (j, &j->source.store->file, path);
-  }
-
-  if (newfile_make (&copy, j->s->target->directory, NEWFILE_TO_PUBLISH) == -1)
-    return job_failed (j, "cannot make a file in %s", j->s->target->directory);
-  r = copy_out (j, copy.fd, j->s->target->directory);
-  if (r == 0)
-    r = check_written (j, store_check_written (j->source.store));
-  if (r == 0)
-    r = publish (j, &copy, path);
-  newfile_discard (&copy);
-  return r;
-}
-
-/*----------------------------------------------------------------------
- * When that failed
- */
-
-/* Publish FILE in DIR under a name that nothing has, which is returned; NULL and
- * errno.
- */
-static char *
-keep_file (const struct job *j, struct newfile *file, const char *dir,
-           bool synced)
-{
-  CLEANUP_FREE char *name = names_of_export (j->export_name);
-
-  for (unsigned i = 0; i < 100; ++i) {
-    enum newfile_step step;
-    char *path;
-    int r;
-
-    if (asprintf (&path, "%s/cow-kept-%u-%u-%.200s", dir, (unsigned) getpid (),
-                  i, name ? name : "export.qcow2")
-        == -1)
-      return NULL;
-    r = synced ? newfile_publish (file, path, NEWFILE_IS_NEW, 0600, &step)
-               : newfile_name_unsynced (file, path);
-    if (r == 0 || file->published)
-      return path;
-    free (path);
-    if (errno != EEXIST)
-      return NULL;
-  }
-  return NULL;
-}
-
-/* Keep the overlay's own file.  Once a sync of it has failed, a copy of what the kernel
- * still has is safer.
- */
-static char *
-keep_in_place (struct job *j)
-{
-  struct store *store = j->source.store;
-
-  if (j->damaged || finish_in_place (j) == -1)
-    return NULL;
-  return keep_file (j, &store->file, store->dir, true);
-}
-
-/* Keep a copy in the directory for temporary files. */
-static char *
-keep_copy (struct job *j)
-{
-  struct newfile copy;
-  char *path = NULL;
-
-  if (!j->s->temporary
-      || newfile_make (&copy, j->s->temporary, NEWFILE_TO_PUBLISH) == -1)
-    return NULL;
-  if (copy_out (j, copy.fd, j->s->temporary) == 0)
-    path = keep_file (j, &copy, j->s->temporary, true);
-  newfile_discard (&copy);
-  return path;
-}
-
-/* Keep the overlay's own file after all. */
-static char *
-keep_unsynced (struct job *j)
-{
-  struct store *store = j->source.store;
-
-  return finish_in_place (j) == -1
-           ? NULL
-           : keep_file (j, &store->file, store->dir, false);
-}
-
-static void
-keep (struct job *j)
-{
-  const char *name = j->s->target->name;
-  CLEANUP_FREE char *first = j->failure;
-  CLEANUP_FREE char *kept = NULL;
-  const char *failure = first ? first : "out of memory";
-
-  j->failure = NULL;
-  if (j->published) {
-    nbdkit_error ("cow-save=%s: %s; the diff is complete, but may not outlive "
-                  "a crash of this machine",
-                  name, failure);
-    return;
-  }
-  j->damaged |= store_sync (j->source.store) == -1;
-  kept = keep_in_place (j);
-  if (!kept)
-    kept = keep_copy (j);
-  if (!kept) {
-    kept = keep_unsynced (j);
-    j->damaged = true;
-  }
-  if (kept)
-    nbdkit_error ("cow-save=%s: %s; the changes were kept, as a complete "
-                  "diff, %sin %s",
-                  name, failure,
-                  j->damaged ? "perhaps damaged as its disk did not take all "
-                               "of it, "
-                             : "",
-                  kept);
-  else
-    nbdkit_error ("cow-save=%s: %s; the changes could not be kept elsewhere: "
-                  "%s",
-                  name, failure,
-                  j->failure ? j->failure : "no directory takes them");
-}
-
-/* Which backing file the image is to have.  One that takes the place of what its overlay
- * has started from keeps that one's, or has none as that, unless the user has named
- * another.  -1 and errno.
- */
-static int
-set_backing (struct job *j, const char *path)
-{
-  struct image_source *source = &j->source;
-  struct qcow2_header *h = &j->replaced;
-  bool is_image;
-
-  if (j->s->options.backing || !path || !loads_has_first (j->loads, path)
-      || target_read_header (path, h, &is_image) == -1 || !is_image)
-    return image_set_backing (source, j->s->options.backing,
-                              j->s->options.backing_format, &j->backing);
-  source->backing_file = h->backing_file[0] ? h->backing_file : NULL;
-  source->backing_format = h->backing_format[0] ? h->backing_format : NULL;
-  return 0;
+  /* From then on nobody else uses the file. */
+  overlay_cut_views (item->overlay);
+  if (s->target->kind != TARGET_STREAM)
+    path = path_of_export (s, item->name);
+  return publish (&order, path);
 }
 
 int
-save_overlay (struct save *s, const struct loads *loads,
-              const char *export_name, struct overlay *overlay,
-              const struct qcow2_base *base)
+save_items (struct save *s, const struct loads *loads,
+            const struct save_item *items, size_t count)
 {
-  struct job j = {
-    .s = s,
-    .loads = loads,
-    .export_name = export_name,
+  int r = 0;
+
+  for (size_t i = 0; i < count; ++i)
+    if ((!save_is_per_export (s) || overlay_is_changed (items[i].overlay))
+        && save_one (s, loads, &items[i]) == -1)
+      r = -1;
+  return r;
+}
+
+int
+save_empty (struct save *s, const struct loads *loads,
+            const struct qcow2_base *base,
+            const struct overlay_options *options)
+{
+  struct overlay *overlay = overlay_new (base->size, options);
+  const struct save_item item = {
+    .name = "",
     .overlay = overlay,
-    .source = { .map = overlay_map (overlay),
-                .store = overlay_store (overlay),
-                .geometry = overlay_tables (overlay)->geometry,
-                .base = base },
+    .base = base,
+    .seen = &s->seen,
   };
-  const bool is_stream = s->target->kind == TARGET_STREAM;
-  CLEANUP_FREE char *path = is_stream ? NULL : path_of_export (s, export_name);
   int r;
 
-  if (set_backing (&j, path) == -1)
-    r = job_failed (&j, "cannot save");
-  else if (!is_stream && !path)
-    r = job_failed (&j, "no name for the file");
-  else
-    r = is_stream ? save_to_stream (&j) : save_to_file (&j, path);
-  if (r == -1)
-    keep (&j);
-  else
-    VERBOSE ("export \"%s\": saved to %s", export_name,
-             path ? path : s->target->name);
-  free (j.failure);
-  free (j.backing);
+  if (!overlay) {
+    nbdkit_error ("cow-save=%s: cannot make an empty image: %m",
+                  s->target->name);
+    return -1;
+  }
+  overlay_close (overlay);
+  r = save_one (s, loads, &item);
+  overlay_free (overlay);
   return r;
 }

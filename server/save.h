@@ -12,16 +12,8 @@
 #include "blk.h"
 #include "server/loads.h"
 #include "format/qcow2.h"
+#include "server/publish.h"
 #include "server/target.h"
-
-/* What the parameters say. */
-struct save_options {
-  const char *target;         /* cow-save; NULL: overlays are thrown away */
-  const char *backing;        /* NULL: the default; "none": none */
-  const char *backing_format; /* NULL: raw */
-  bool compact;
-  enum qcow2_l2_format format;
-};
 
 /* Do they name a file that is to be below what is saved? */
 extern bool save_names_backing (const struct save_options *options);
@@ -66,21 +58,33 @@ extern bool save_is_what_is_loaded (const struct save *save,
 /* The target as the user gave it. */
 extern const char *save_name (const struct save *save);
 
-/* Check that this export can be saved, and lock the file that it is going to replace, if
- * there is one: *LOCK is to be given back when its overlay is freed.  -1 if it is to be
- * refused, which was reported.
+/* What stands where an export is to be saved. */
+struct save_target {
+  struct target_seen
+    seen;                 /* it is not replaced when it is another one later */
+  struct file_lock *lock; /* on it; NULL: there is none */
+};
+
+/* Check that this export can be saved, before anything is loaded, and look at and lock the
+ * file that it is going to replace, if there is one.  *FOUND is to be forgotten when its
+ * overlay is freed.  -1 if it is to be refused, which was reported.
  */
 extern int save_check_export (const struct save *save,
                               const struct loads *loads,
                               const char *export_name,
-                              struct file_lock **lock);
+                              struct save_target *found);
+extern void save_forget_target (struct save_target *found);
 
-/* Save an overlay, which is closed, and whose views were cut off.  BASE is what the image
- * is to say of its base.  -1 if that failed; then the overlay was kept elsewhere if that
- * was possible at all, and all was reported.
+/* Save those of COUNT overlays that are to be saved: their views are cut off.  -1 if one
+ * could not be; then it was kept elsewhere if that was possible at all, and all was
+ * reported.
  */
-extern int save_overlay (struct save *save, const struct loads *loads,
-                         const char *export_name, struct overlay *overlay,
-                         const struct qcow2_base *base);
+extern int save_items (struct save *save, const struct loads *loads,
+                       const struct save_item *items, size_t count);
+
+/* Save an image in which there is nothing, of a disk over BASE.  As above. */
+extern int save_empty (struct save *save, const struct loads *loads,
+                       const struct qcow2_base *base,
+                       const struct overlay_options *options);
 
 #endif /* COW_SAVE_H */

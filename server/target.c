@@ -204,6 +204,38 @@ check_existing (const struct target *t, const struct loads *loads,
   return 0;
 }
 
+struct target_seen
+target_look (const char *path)
+{
+  struct stat st;
+
+  if (lstat (path, &st) == -1)
+    return (struct target_seen) { .is_there = false };
+  return (struct target_seen) {
+    .is_there = true,
+    .device = st.st_dev,
+    .inode = st.st_ino,
+    .size = st.st_size,
+    .modified = st.st_mtim,
+  };
+}
+
+bool
+target_is_as_seen (const char *path, const struct target_seen *seen)
+{
+  const struct target_seen now = target_look (path);
+
+  /* The time of the last change of the inode does not count: another mode, or another
+   * name, as backups give it, changes nothing of what is in the file.
+   */
+  return now.is_there == seen->is_there
+         && (!now.is_there
+             || (now.device == seen->device && now.inode == seen->inode
+                 && now.size == seen->size
+                 && now.modified.tv_sec == seen->modified.tv_sec
+                 && now.modified.tv_nsec == seen->modified.tv_nsec));
+}
+
 int
 target_check_file (const struct target *t, const struct loads *loads,
                    const char *path, enum newfile_target *what, mode_t *mode,
@@ -255,6 +287,40 @@ check_directory (const struct target *t)
     return 0;
   nbdkit_error ("cow-save=%s: cannot make a file in %s: %m", t->name,
                 t->directory);
+  return -1;
+}
+
+/* A name without the slashes at its end, as an absolute path; NULL and errno. */
+static char *
+resolve_without_slashes (const char *name)
+{
+  size_t length = strlen (name);
+
+  while (length > 1 && name[length - 1] == '/')
+    length--;
+
+  CLEANUP_FREE char *plain = strndup (name, length);
+  return plain ? names_resolve (plain) : NULL;
+}
+
+int
+target_make_directory (const char *name, const char *const *loads,
+                       size_t nr_loads)
+{
+  const size_t length = strlen (name);
+  CLEANUP_FREE char *path = length > 1 && name[length - 1] == '/'
+                              ? resolve_without_slashes (name)
+                              : NULL;
+  bool loaded = false;
+
+  for (size_t i = 0; path && i < nr_loads && !loaded; ++i) {
+    CLEANUP_FREE char *load = resolve_without_slashes (loads[i]);
+
+    loaded = load && strcmp (load, path) == 0;
+  }
+  if (!loaded || mkdir (path, 0777) == 0 || errno == EEXIST)
+    return 0;
+  nbdkit_error ("cow-save=%s: cannot make the directory: %m", name);
   return -1;
 }
 

@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <sys/types.h>
+#include <time.h>
 
 #include "format/qcow2.h"
 #include "server/loads.h"
@@ -43,6 +44,13 @@ extern struct target *target_new (const char *name, const struct loads *loads,
                                   size_t nr_others);
 extern void target_free (struct target *target);
 
+/* Make the directory NAME if it is missing and one of LOADS, names of what is to be
+ * loaded: as a file that is loaded and saved may be missing, it may be, too.  To be called
+ * before that is looked at.  -1 if it cannot be made, which was reported.
+ */
+extern int target_make_directory (const char *name, const char *const *loads,
+                                  size_t nr_loads);
+
 /* Lock the file PATH, which is going to be replaced: until the lock is given back
  * (locks_give_back, IMAGE_WRITE) neither qemu nor another server takes it.  *LOCK is NULL
  * where there is none, or none that can be opened.  -1 if another program uses it, and a
@@ -50,6 +58,22 @@ extern void target_free (struct target *target);
  */
 extern int target_lock_file (const char *path, struct file_lock **lock,
                              char **why);
+
+/* A file as it was when it was looked at. */
+struct target_seen {
+  bool is_there; /* else nothing of the following */
+  dev_t device;
+  ino_t inode;
+  off_t size;
+  struct timespec modified;
+};
+
+/* Look at the file PATH. */
+extern struct target_seen target_look (const char *path);
+
+/* Is it still what was SEEN? */
+extern bool target_is_as_seen (const char *path,
+                               const struct target_seen *seen);
 
 /* May the file PATH be made or replaced?  0, and what stands there and the mode
  * that it is to get; or -1 and a text that says why not, which the caller frees

@@ -8,6 +8,7 @@
  *                     that has failed makes FILE.hit, with the name of the call.
  *   COW_FAULTS_DIR=D  only those in the file system of D count.
  *   COW_NO_TMPFILE=1  no file system has O_TMPFILE.
+ *   COW_HELD=FILE     who opens FILE makes FILE.held, and waits until FILE.go is there.
  *
  * Punching does not count, as it only saves space.
  */
@@ -34,7 +35,7 @@
 
 #define REPLACES __attribute__ ((visibility ("default")))
 
-static const char *faults, *directory;
+static const char *faults, *directory, *held;
 static bool no_tmpfile;
 static struct stat where;
 static atomic_long nr_calls;
@@ -45,6 +46,7 @@ start (void)
 {
   faults = getenv ("COW_FAULTS");
   directory = getenv ("COW_FAULTS_DIR");
+  held = getenv ("COW_HELD");
   no_tmpfile = getenv ("COW_NO_TMPFILE") != NULL;
   if (directory && stat (directory, &where) == -1)
     abort ();
@@ -217,6 +219,23 @@ renameat2 (int from_dir, const char *from, int to_dir, const char *to,
            : REAL (renameat2, from_dir, from, to_dir, to, flags);
 }
 
+/* Hold whoever opens this file. */
+static void
+hold (const char *path)
+{
+  char name[PATH_MAX];
+
+  if (!held || strcmp (path, held) != 0)
+    return;
+  (void) snprintf (name, sizeof name, "%s.held", held);
+  FILE *f = fopen (name, "we");
+  if (f)
+    (void) fclose (f);
+  (void) snprintf (name, sizeof name, "%s.go", held);
+  while (access (name, F_OK) == -1)
+    usleep (10000);
+}
+
 /* Of the calls that open, those of directories count, and with O_TMPFILE. */
 #define OPEN(name)                                                            \
   REPLACES int name (const char *path, int flags, ...)                        \
@@ -224,6 +243,7 @@ renameat2 (int from_dir, const char *from, int to_dir, const char *to,
     mode_t mode = 0;                                                          \
     struct stat st;                                                           \
                                                                               \
+    hold (path);                                                              \
     if (flags & (O_CREAT | O_TMPFILE)) {                                      \
       va_list args;                                                           \
                                                                               \

@@ -336,7 +336,18 @@ read_planned (uint64_t *size)
   return buf;
 }
 
-/* The overlay's file after image_finish. */
+/* Make the overlay's file into an image.  -1 and errno. */
+static int
+finish (void)
+{
+  uint64_t end;
+
+  return image_finish (&source, &tables, &end) == -1
+           ? -1
+           : store_truncate (&store, end);
+}
+
+/* The overlay's file after that. */
 static char *
 read_finished (uint64_t *size)
 {
@@ -365,7 +376,7 @@ check_both (uint64_t disk_size, uint32_t bs, enum qcow2_l2_format format,
   check_image (buf, size);
   free (buf);
 
-  assert_int_equal (image_finish (&source, &tables), 0);
+  assert_int_equal (finish (), 0);
   buf = read_finished (&size);
   check_image (buf, size);
   free (buf);
@@ -414,7 +425,7 @@ test_unused_places (void **state)
   assert_int_equal (places_take (&places, 7, &place), 7);
   change_slot (6, UINT32_MAX);
   places_give_back (&places, place, 7);
-  assert_int_equal (image_finish (&source, &tables), 0);
+  assert_int_equal (finish (), 0);
   buf = read_finished (&size);
   check_image (buf, size);
   free (buf);
@@ -433,7 +444,7 @@ test_many_tables (void **state)
   set_up_disk (1024 * MIB, 4096, QCOW2_PORTABLE);
   for (uint64_t nr = 0; nr < map.nr_slots; nr += 16)
     change_slot (nr, UINT64_C (2) << 32 | 1);
-  assert_int_equal (image_finish (&source, &tables), 0);
+  assert_int_equal (finish (), 0);
   assert_true (tables.nr_used > 512);
   assert_true (tables.nr_used <= tables.nr_with_space);
   buf = read_finished (&size);
@@ -472,7 +483,7 @@ test_long_file (void **state)
 
   /* All that the save will need has space. */
   const uint64_t end = places_end (&places);
-  assert_int_equal (image_finish (&source, &tables), 0);
+  assert_int_equal (finish (), 0);
   assert_true (places_end (&places) == end);
   assert_true (tables.nr_used <= tables.nr_with_space);
   assert_int_equal (fstat (store.file.fd, &st), 0);
@@ -501,7 +512,7 @@ test_long_file_unplanned (void **state)
     places_take_row (&places, 9 * 1024 * MIB / slot_bytes (), &place), 0);
   change_slots (20);
   change_slot (100, 1);
-  assert_int_equal (image_finish (&source, &tables), 0);
+  assert_int_equal (finish (), 0);
   assert_int_equal (fstat (store.file.fd, &st), 0);
   const size_t size = (size_t) st.st_size;
   char *image = mmap (NULL, size, PROT_READ, MAP_SHARED, store.file.fd, 0);
@@ -520,7 +531,7 @@ test_space (void **state)
   set_up_disk (64 * 1024 * MIB, 4096, QCOW2_PORTABLE);
   for (unsigned i = 0; i < 1000; ++i)
     change_slot (i * 512, 1);
-  assert_int_equal (image_finish (&source, &tables), 0);
+  assert_int_equal (finish (), 0);
   assert_int_equal (fstat (store.file.fd, &st), 0);
 
   /* A block and an L2 table each, refcounts for a file of 1000 slots, and some
@@ -547,7 +558,7 @@ test_failures (void **state)
       set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
       change_slots (100);
       fail_calls_from (n, errors[e]);
-      r = image_finish (&source, &tables);
+      r = finish ();
       const int err = call_has_failed ();
       if (!err) {
         assert_int_equal (r, 0);
@@ -609,7 +620,7 @@ test_reserve_failures (void **state)
     }
     assert_int_equal (r, -1);
     change_slots (50);
-    assert_int_equal (image_finish (&source, &tables), 0);
+    assert_int_equal (finish (), 0);
     tear_down (NULL);
   }
 }
