@@ -25,6 +25,7 @@
 #include "common/cleanup.h"
 #include "common/debug.h"
 #include "server/backing.h"
+#include "server/descriptors.h"
 #include "server/ending.h"
 #include "server/identity.h"
 #include "server/loads.h"
@@ -313,6 +314,7 @@ cow_config (nbdkit_next_config *next, nbdkit_backend *nxdata, const char *key,
 static int
 cow_config_complete (nbdkit_next_config_complete *next, nbdkit_backend *nxdata)
 {
+  descriptors_look ();
   if (save_detail && !cow_save.target) {
     nbdkit_error ("%s: says how to save, but not where to; add cow-save",
                   save_detail);

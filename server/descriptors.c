@@ -2,18 +2,18 @@
 
 /* Descriptors that parameters name (see descriptors.h).
  *
- * Knows nothing of overlays, of images, or of nbdkit's functions.
+ * Knows nothing of overlays or of images.
  */
 
 #include <config.h>
 
 #include <limits.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#include "common/cleanup.h"
+#include <nbdkit-filter.h>
+
 #include "server/descriptors.h"
 
 int
@@ -45,39 +45,17 @@ descriptors_find (const char *name, int standard)
   return -1;
 }
 
-/* Filters are not told of option -s, so this looks at the command line, where options
- * may also stand between and in front of others ("-fs").
- */
+/* Set by descriptors_look, before anybody asks. */
+static bool serve_client;
+
+void
+descriptors_look (void)
+{
+  serve_client = !nbdkit_stdio_safe ();
+}
+
 bool
 descriptors_serve_client (void)
 {
-  static const char with_value[] = "eDgiPptUu";
-  FILE *f = fopen ("/proc/self/cmdline", "re");
-  CLEANUP_FREE char *arg = NULL;
-  size_t size = 0;
-  bool found = false, is_value = true; /* the first is the program's name */
-
-  if (!f)
-    return false;
-  while (!found && getdelim (&arg, &size, '\0', f) > 0) {
-    if (is_value) {
-      is_value = false;
-      continue;
-    }
-    if (strcmp (arg, "--") == 0)
-      break;
-    if (strcmp (arg, "--run") == 0)
-      is_value = true;
-    if (strcmp (arg, "--single") == 0 || strcmp (arg, "--stdin") == 0)
-      found = true;
-    for (const char *c = arg + 1; arg[0] == '-' && arg[1] != '-' && *c; ++c) {
-      if (strchr (with_value, *c)) {
-        is_value = c[1] == '\0';
-        break;
-      }
-      found |= *c == 's';
-    }
-  }
-  (void) fclose (f);
-  return found;
+  return serve_client;
 }

@@ -12,6 +12,11 @@
  */
 extern int descriptors_find (const char *name, int standard);
 
+/* Find out what the next function tells.  In .config_complete: later nbdkit does not
+ * say it any more.
+ */
+extern void descriptors_look (void);
+
 /* Was nbdkit started with option -s, so that standard input and output are the
  * client?
  */

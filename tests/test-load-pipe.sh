@@ -141,11 +141,12 @@ kill $writer 2>/dev/null || :
 wait $writer || :
 
 # Ctrl-C while the writer goes on, and while there is none.
-for kind in busy silent none; do
+# (The busy one is last, as its "sleep" outlives it, and would be a writer of the next.)
+for kind in none silent busy; do
     case $kind in
-        busy) while sleep 0.1; do echo x; done >"$tmp/fifo" & writer=$! ;;
-        silent) sleep 1000 >"$tmp/fifo" & writer=$! ;;
         none) writer= ;;
+        silent) sleep 1000 >"$tmp/fifo" & writer=$! ;;
+        busy) while sleep 0.1; do echo x; done >"$tmp/fifo" & writer=$! ;;
     esac
     # A shell without job control starts what is in the background without SIGINT.
     # shellcheck disable=SC2086
