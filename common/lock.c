@@ -22,8 +22,10 @@ static const char *const names[NR_RANKS] = {
   [RANK_VIEW] = "the view lock",
   [RANK_NODE] = "a node's lock",
   [RANK_TABLES] = "the tables' lock",
+  [RANK_PLACES] = "the places' lock",
   [RANK_STORE] = "the store's lock",
   [RANK_WRITE_BACK] = "write-back's lock",
+  [RANK_FILE_LOCKS] = "the lock of the list of locked files",
 };
 
 /* All slot locks, and one of each other kind. */

@@ -29,10 +29,25 @@ enum lock_rank {
   RANK_VIEW,
   RANK_NODE,
   RANK_TABLES,
+  RANK_PLACES,
   RANK_STORE,
   RANK_WRITE_BACK,
+  RANK_FILE_LOCKS,
   NR_RANKS,
 };
+
+/* One that is always there, in a file. */
+#ifdef COW_DEBUG
+#define MUTEX_INITIALIZER(r)                                                  \
+  {                                                                           \
+    .pthread = PTHREAD_MUTEX_INITIALIZER, .rank = (r)                         \
+  }
+#else
+#define MUTEX_INITIALIZER(r)                                                  \
+  {                                                                           \
+    .pthread = PTHREAD_MUTEX_INITIALIZER                                      \
+  }
+#endif
 
 struct mutex {
   pthread_mutex_t pthread;

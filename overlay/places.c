@@ -31,20 +31,20 @@ places_init (struct places *p, struct store *store, uint64_t size,
     .end_limit = limits_file_size (),
     .next = head,
   };
-  pthread_mutex_init (&p->lock, NULL);
+  mutex_init (&p->lock, RANK_PLACES);
 }
 
 void
 places_destroy (struct places *p)
 {
-  pthread_mutex_destroy (&p->lock);
+  mutex_destroy (&p->lock);
   free (p->free_words);
 }
 
 uint64_t
 places_end (struct places *p)
 {
-  LOCK_FOR_SCOPE (&p->lock);
+  HOLD (&p->lock);
 
   return p->next * p->size;
 }
@@ -53,6 +53,8 @@ places_end (struct places *p)
 static bool
 is_free (const struct places *p, uint64_t place)
 {
+  assert_held (&p->lock);
+
   return place / 64 < p->nr_free_words
          && (p->free_words[place / 64] >> place % 64 & 1);
 }
@@ -70,6 +72,8 @@ clear_free (struct places *p, uint64_t place)
 static uint64_t
 take_free (struct places *p, uint64_t wanted, uint64_t *place)
 {
+  assert_held (&p->lock);
+
   uint64_t i = p->first_free, count = 0;
 
   while (!is_free (p, i))
@@ -87,6 +91,8 @@ take_free (struct places *p, uint64_t wanted, uint64_t *place)
 static uint64_t
 append (struct places *p, uint64_t wanted, uint64_t *place)
 {
+  assert_held (&p->lock);
+
   const uint64_t last = p->end_limit / p->size - 1;
 
   if (p->next > last || last == UINT64_MAX) {
@@ -106,7 +112,7 @@ places_take_row (struct places *p, uint64_t count, uint64_t *place)
   if (store_make_file (p->store) == -1)
     return -1;
 
-  LOCK_FOR_SCOPE (&p->lock);
+  HOLD (&p->lock);
 
   const uint64_t got = append (p, count, place);
   if (got == count)
@@ -122,7 +128,7 @@ places_take (struct places *p, uint64_t wanted, uint64_t *place)
   if (store_make_file (p->store) == -1)
     return 0;
 
-  LOCK_FOR_SCOPE (&p->lock);
+  HOLD (&p->lock);
 
   return p->nr_free > 0 ? take_free (p, wanted, place)
                         : append (p, wanted, place);
@@ -134,6 +140,8 @@ places_take (struct places *p, uint64_t wanted, uint64_t *place)
 static int
 grow_free_words (struct places *p, uint64_t end)
 {
+  assert_held (&p->lock);
+
   const size_t needed = (size_t) ((end - 1) / 64 + 1);
 
   if (needed <= p->nr_free_words)
@@ -174,7 +182,7 @@ places_give_back (struct places *p, uint64_t place, uint64_t count)
 {
   store_punch (p->store, place * p->size, count * p->size);
 
-  LOCK_FOR_SCOPE (&p->lock);
+  HOLD (&p->lock);
 
   if (place + count == p->next) {
     p->next = place;

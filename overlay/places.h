@@ -10,10 +10,10 @@
 #ifndef COW_PLACES_H
 #define COW_PLACES_H
 
-#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 
+#include "common/lock.h"
 #include "overlay/store.h"
 
 /* Consecutive places. */
@@ -26,7 +26,7 @@ struct places {
   struct store *store;  /* constant, as are the next two */
   uint64_t size;        /* of a place, in bytes */
   uint64_t end_limit;   /* no place ends behind it */
-  pthread_mutex_t lock; /* guards what follows */
+  struct mutex lock;    /* guards what follows */
   uint64_t next;        /* behind the last place that is given out */
   uint64_t *free_words; /* bitmap of the places that were given back */
   size_t nr_free_words;

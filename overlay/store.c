@@ -30,7 +30,7 @@ store_init (struct store *store, const char *dir, enum newfile_use use,
   store->dir = dir;
   store->use = use;
   store->write_back = write_back;
-  pthread_mutex_init (&store->lock, NULL);
+  mutex_init (&store->lock, RANK_STORE);
   atomic_init (&store->no_clone, false);
   store->file = NEWFILE_NONE;
   writeback_init (&store->writeback);
@@ -70,13 +70,13 @@ store_destroy (struct store *store)
 {
   writeback_destroy (&store->writeback);
   newfile_discard (&store->file);
-  pthread_mutex_destroy (&store->lock);
+  mutex_destroy (&store->lock);
 }
 
 int
 store_make_file (struct store *store)
 {
-  LOCK_FOR_SCOPE (&store->lock);
+  HOLD (&store->lock);
 
   return store->file.fd >= 0
            ? 0

@@ -9,13 +9,13 @@
 #ifndef COW_STORE_H
 #define COW_STORE_H
 
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 
+#include "common/lock.h"
 #include "overlay/newfile.h"
 #include "overlay/writeback.h"
 
@@ -30,7 +30,7 @@ struct store {
   enum newfile_use use;
   enum store_write_back write_back;
   atomic_bool no_clone; /* the file system cannot share ranges of a file */
-  pthread_mutex_t lock; /* held while the file is made */
+  struct mutex lock;    /* held while the file is made */
   struct newfile
     file; /* none until store_make_file, then constant: whoever has
                          * called that, or has a place, uses it without the lock */

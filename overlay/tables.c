@@ -99,7 +99,7 @@ tables_init (struct tables *t, const struct qcow2_geometry *g,
   if (!t->l1_pages)
     return -1;
   atomic_init (&t->covered, 0);
-  pthread_mutex_init (&t->lock, NULL);
+  mutex_init (&t->lock, RANK_TABLES);
   return 0;
 }
 
@@ -108,7 +108,7 @@ tables_destroy (struct tables *t)
 {
   if (!t->l1_pages)
     return;
-  pthread_mutex_destroy (&t->lock);
+  mutex_destroy (&t->lock);
   free (t->runs);
   free (t->l1_pages);
 }
@@ -145,6 +145,8 @@ set_aside (struct tables *t, uint64_t offset, uint64_t count)
 static int
 add_run (struct tables *t, uint64_t place, uint64_t count)
 {
+  assert_held (&t->lock);
+
   struct place_run *last = t->nr_runs > 0 ? &t->runs[t->nr_runs - 1] : NULL;
 
   if (last && last->first + last->count == place)
@@ -170,6 +172,8 @@ add_run (struct tables *t, uint64_t place, uint64_t count)
 static int
 take_places (struct tables *t, uint64_t wanted)
 {
+  assert_held (&t->lock);
+
   while (t->nr_clusters < wanted) {
     const uint64_t missing
       = (wanted - t->nr_clusters) * t->geometry.cluster_size;
@@ -220,6 +224,8 @@ find_piece (const struct tables *t, uint64_t first, uint64_t end)
 static void
 drop_places_without_space (struct tables *t)
 {
+  assert_held (&t->lock);
+
   const uint64_t per_place = t->places->size / t->geometry.cluster_size;
 
   while (t->nr_clusters >= t->nr_with_space + per_place) {
@@ -237,6 +243,8 @@ drop_places_without_space (struct tables *t)
 static int
 have_space (struct tables *t, uint64_t wanted)
 {
+  assert_held (&t->lock);
+
   const uint64_t cluster = t->geometry.cluster_size;
   int r = take_places (t, wanted);
 
@@ -285,6 +293,8 @@ have_space_in_advance (struct tables *t, uint64_t wanted)
 static int
 move_reftable (struct tables *t, uint64_t size)
 {
+  assert_held (&t->lock);
+
   const uint64_t place_size = t->places->size;
   const uint64_t room = MAX (2 * t->reftable_room, size);
   const uint64_t space = ROUND_UP (size, PAGE);
@@ -375,6 +385,8 @@ have_needed_space (struct tables *t)
 static int
 have_l1_page (struct tables *t, uint64_t l2_nr)
 {
+  assert_held (&t->lock);
+
   const uint64_t page = l2_nr * 8 / PAGE;
   const uint64_t bit = UINT64_C (1) << page % 64;
 
@@ -403,7 +415,7 @@ tables_reserve_l2 (struct tables *t, uint64_t nr)
   if (t->space == TABLES_UNPLANNED)
     return 0;
 
-  LOCK_FOR_SCOPE (&t->lock);
+  HOLD (&t->lock);
 
   if (have_header (t) == -1 || have_l1_page (t, nr) == -1)
     return -1;
@@ -421,7 +433,7 @@ tables_reserve_refcounts (struct tables *t)
       || places_end (t->places) <= atomic_load (&t->covered))
     return 0;
 
-  LOCK_FOR_SCOPE (&t->lock);
+  HOLD (&t->lock);
 
   return have_needed_space (t);
 }
@@ -432,7 +444,7 @@ tables_cancel_l2 (struct tables *t, uint64_t count)
   if (t->space == TABLES_UNPLANNED)
     return;
 
-  LOCK_FOR_SCOPE (&t->lock);
+  HOLD (&t->lock);
 
   t->nr_l2 -= count;
 }
@@ -440,7 +452,7 @@ tables_cancel_l2 (struct tables *t, uint64_t count)
 void
 tables_take_again (struct tables *t)
 {
-  LOCK_FOR_SCOPE (&t->lock);
+  HOLD (&t->lock);
 
   t->nr_used = 0;
 }
@@ -448,7 +460,7 @@ tables_take_again (struct tables *t)
 int
 tables_take (struct tables *t, uint64_t *offset)
 {
-  LOCK_FOR_SCOPE (&t->lock);
+  HOLD (&t->lock);
 
   if (take_places (t, t->nr_used + 1) == -1)
     return -1;
@@ -460,7 +472,7 @@ tables_take (struct tables *t, uint64_t *offset)
 int
 tables_have_refcounts (struct tables *t)
 {
-  LOCK_FOR_SCOPE (&t->lock);
+  HOLD (&t->lock);
 
   /* Where no space was set aside, these have it by being written to. */
   t->nr_l2 = MAX (t->nr_l2, t->nr_used);
@@ -471,7 +483,7 @@ tables_have_refcounts (struct tables *t)
 void
 tables_give_back (struct tables *t)
 {
-  LOCK_FOR_SCOPE (&t->lock);
+  HOLD (&t->lock);
 
   for (uint64_t i = t->nr_used; i < t->nr_clusters;) {
     const struct piece p = find_piece (t, i, t->nr_clusters);

@@ -12,10 +12,10 @@
 #ifndef COW_TABLES_H
 #define COW_TABLES_H
 
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
 
+#include "common/lock.h"
 #include "format/qcow2.h"
 #include "overlay/places.h"
 
@@ -33,7 +33,7 @@ struct tables {
 
   _Atomic uint64_t covered; /* a file of this length has its refcount blocks;
                              * changes only under the lock */
-  pthread_mutex_t lock;     /* taken before the places'; guards what follows */
+  struct mutex lock;        /* taken before the places'; guards what follows */
   uint64_t nr_l2;           /* L2 tables asked for */
   uint64_t *l1_pages;       /* bitmap: pages of the L1 table with space */
   uint64_t reftable_offset; /* where the refcount table lies, */

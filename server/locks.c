@@ -10,7 +10,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -18,6 +17,7 @@
 #include <nbdkit-filter.h>
 
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "server/locks.h"
 
 struct file_lock {
@@ -29,13 +29,15 @@ struct file_lock {
   struct file_lock *next;
 };
 
-static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static struct mutex mutex = MUTEX_INITIALIZER (RANK_FILE_LOCKS);
 static struct file_lock *files; /* guarded by the mutex */
 
 /* What the locks of a file have to allow.  Caller holds the mutex. */
 static enum image_use
 use_of (const struct file_lock *f)
 {
+  assert_held (&mutex);
+
   return f->nr_uses[IMAGE_WRITE]  ? IMAGE_WRITE
          : f->nr_uses[IMAGE_READ] ? IMAGE_READ
                                   : IMAGE_UNUSED;
@@ -47,6 +49,8 @@ use_of (const struct file_lock *f)
 static struct file_lock *
 find_or_add (int fd)
 {
+  assert_held (&mutex);
+
   struct file_lock *f;
   struct stat st;
 
@@ -77,6 +81,8 @@ find_or_add (int fd)
 static void
 remove_unused (struct file_lock *f)
 {
+  assert_held (&mutex);
+
   const int err = errno;
   struct file_lock **link = &files;
 
@@ -96,6 +102,8 @@ remove_unused (struct file_lock *f)
 static int
 change (const struct file_lock *f, enum image_use from)
 {
+  assert_held (&mutex);
+
   const enum image_use to = use_of (f);
   bool works = true;
 
@@ -109,7 +117,7 @@ change (const struct file_lock *f, enum image_use from)
 struct file_lock *
 locks_take (int fd, enum image_use use)
 {
-  LOCK_FOR_SCOPE (&mutex);
+  HOLD (&mutex);
 
   struct file_lock *f = find_or_add (fd);
   if (!f)
@@ -130,7 +138,7 @@ locks_give_back (struct file_lock *f, enum image_use use)
   if (!f)
     return;
 
-  LOCK_FOR_SCOPE (&mutex);
+  HOLD (&mutex);
 
   const enum image_use from = use_of (f);
   const int err = errno;

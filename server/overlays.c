@@ -29,6 +29,7 @@
 #include "common/cleanup.h"
 #include "common/debug.h"
 #include "common/limits.h"
+#include "common/lock.h"
 #include "overlay/newfile.h"
 #include "server/identity.h"
 #include "server/loads.h"
@@ -45,7 +46,7 @@ struct overlay_entry {
   struct save_target
     target;               /* what it replaces; constant when READY, as is... */
   struct qcow2_base base; /* if that is wanted */
-  pthread_mutex_t lock;   /* held while it is made ready; guards views */
+  struct mutex lock;      /* held while it is made ready; guards views */
   struct shared_view {
     struct view *view; /* NULL: nobody has it */
     uint64_t users;    /* connections */
@@ -60,7 +61,7 @@ struct overlay_entry {
 struct overlays {
   struct overlays_options options; /* constant */
   char *dir;                       /* constant: of the overlay files */
-  pthread_mutex_t lock;            /* guards what follows */
+  struct mutex lock;               /* guards what follows */
   void *by_name;  /* tree (tsearch) of those of SCOPE_EXPORT */
   uint64_t count; /* of all overlays */
   enum {
@@ -127,7 +128,7 @@ overlays_new (const struct overlays_options *options)
     return NULL;
   }
   s->options = *options;
-  pthread_mutex_init (&s->lock, NULL);
+  mutex_init (&s->lock, RANK_SET);
   s->dir = find_dir (options);
   if (!s->dir) {
     overlays_free (s);
@@ -163,7 +164,7 @@ free_entry (void *pointer)
   if (entry) {
     overlay_free (entry->overlay);
     save_forget_target (&entry->target);
-    pthread_mutex_destroy (&entry->lock);
+    mutex_destroy (&entry->lock);
     free (entry->name);
     free (entry);
   }
@@ -175,7 +176,7 @@ overlays_free (struct overlays *s)
   if (!s)
     return;
   tdestroy (s->by_name, free_entry);
-  pthread_mutex_destroy (&s->lock);
+  mutex_destroy (&s->lock);
   save_free (s->options.save);
   loads_free (s->options.loads);
   free (s->default_name);
@@ -199,7 +200,7 @@ new_entry (const struct overlays *s, const char *name, uint64_t size)
 
   if (!entry)
     return NULL;
-  pthread_mutex_init (&entry->lock, NULL);
+  mutex_init (&entry->lock, RANK_ENTRY);
   entry->name = strdup (name);
   if (entry->name)
     entry->overlay = overlay_new (size, &s->options.overlay);
@@ -217,6 +218,8 @@ new_entry (const struct overlays *s, const char *name, uint64_t size)
 static struct overlay_entry *
 find (struct overlays *s, const char *name)
 {
+  assert_held (&s->lock);
+
   const struct overlay_entry key = { .name = (char *) name };
   void *node = tfind (&key, &s->by_name, compare_names);
 
@@ -243,6 +246,8 @@ report_refusal (const struct overlays *s, const char *name, uint64_t size)
 static int
 check_new (const struct overlays *s, const char *name)
 {
+  assert_held (&s->lock);
+
   const struct save *save = s->options.save;
 
   if (s->count >= s->options.max) {
@@ -268,6 +273,8 @@ check_new (const struct overlays *s, const char *name)
 static struct overlay_entry *
 add (struct overlays *s, const char *name, uint64_t size)
 {
+  assert_held (&s->lock);
+
   struct overlay_entry *entry;
 
   if (check_new (s, name) == -1)
@@ -295,7 +302,7 @@ add (struct overlays *s, const char *name, uint64_t size)
 static struct overlay_entry *
 find_or_add (struct overlays *s, const char *name, uint64_t size)
 {
-  LOCK_FOR_SCOPE (&s->lock);
+  HOLD (&s->lock);
 
   struct overlay_entry *entry
     = s->options.scope == SCOPE_EXPORT ? find (s, name) : NULL;
@@ -340,6 +347,8 @@ static enum entry_state
 fill_entry (const struct overlays *s, struct overlay_entry *entry,
             const struct base *base)
 {
+  assert_held (&entry->lock);
+
   if (s->options.save
       && save_check_export (s->options.save, s->options.loads, entry->name,
                             &entry->target)
@@ -363,7 +372,7 @@ make_ready (const struct overlays *s, struct overlay_entry *entry,
   if (entry->state == ENTRY_READY)
     return 0;
 
-  LOCK_FOR_SCOPE (&entry->lock);
+  HOLD (&entry->lock);
 
   if (entry->state == ENTRY_NEW)
     entry->state = fill_entry (s, entry, base);
@@ -382,7 +391,7 @@ overlays_get (struct overlays *s, const char *name, const struct base *base)
     return NULL;
   }
 
-  LOCK_FOR_SCOPE (&s->lock);
+  HOLD (&s->lock);
   if (s->state == SET_OPEN) {
     s->had_user = true;
     s->base = entry->base;
@@ -404,7 +413,7 @@ void
 overlays_put (struct overlays *s, struct overlay_entry *entry)
 {
   {
-    LOCK_FOR_SCOPE (&s->lock);
+    HOLD (&s->lock);
 
     if (--entry->users > 0 || is_worth_keeping (s, entry))
       return;
@@ -430,7 +439,7 @@ struct view *
 overlays_get_view (struct overlays *s, struct overlay_entry *entry,
                    enum view_kind kind)
 {
-  LOCK_FOR_SCOPE (&entry->lock);
+  HOLD (&entry->lock);
 
   struct shared_view *shared = &entry->views[kind];
 
@@ -450,7 +459,7 @@ void
 overlays_put_view (struct overlay_entry *entry, struct view *view)
 {
   {
-    LOCK_FOR_SCOPE (&entry->lock);
+    HOLD (&entry->lock);
 
     struct shared_view *shared = entry->views;
 
@@ -466,7 +475,7 @@ overlays_put_view (struct overlay_entry *entry, struct view *view)
 void
 overlays_set_default_name (struct overlays *s, const char *name)
 {
-  LOCK_FOR_SCOPE (&s->lock);
+  HOLD (&s->lock);
 
   if (s->default_name && strcmp (s->default_name, name) == 0)
     return;
@@ -477,7 +486,7 @@ overlays_set_default_name (struct overlays *s, const char *name)
 bool
 overlays_know_default_name (struct overlays *s)
 {
-  LOCK_FOR_SCOPE (&s->lock);
+  HOLD (&s->lock);
 
   return s->default_name;
 }
@@ -485,7 +494,7 @@ overlays_know_default_name (struct overlays *s)
 char *
 overlays_default_name (struct overlays *s)
 {
-  LOCK_FOR_SCOPE (&s->lock);
+  HOLD (&s->lock);
 
   if (!s->default_name && s->count > 0 && !find (s, "")) {
     nbdkit_error ("cow: export refused: the name of the default export is not "
@@ -524,7 +533,7 @@ copy_names (struct overlays *s)
 {
   struct name_list list = { .count = 0 };
 
-  LOCK_FOR_SCOPE (&s->lock);
+  HOLD (&s->lock);
 
   list.names = calloc (s->count + 1, sizeof *list.names);
   if (list.names)
@@ -595,7 +604,7 @@ add_to_list (const void *node, VISIT which, void *list_)
 static int
 close_set (struct overlays *s, struct entry_list *list)
 {
-  LOCK_FOR_SCOPE (&s->lock);
+  HOLD (&s->lock);
 
   s->state = SET_CLOSED;
   list->count = 0;
