@@ -141,21 +141,9 @@ load_close (struct loaded *image)
 }
 
 uint64_t
-load_disk_size (const struct loaded *image)
-{
-  return image->header.disk_size;
-}
-
-uint64_t
 load_changed_bytes (const struct loaded *image)
 {
   return image->checked.changed_bytes;
-}
-
-bool
-load_is_ours (const struct loaded *image)
-{
-  return image->header.ours;
 }
 
 const struct qcow2_header *

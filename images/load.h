@@ -10,7 +10,6 @@
 #ifndef COW_LOAD_H
 #define COW_LOAD_H
 
-#include <stdbool.h>
 #include <stdint.h>
 
 #include "base.h"
@@ -34,16 +33,10 @@ extern struct loaded *load_open (const char *name, int fd);
 /* Close the file.  NULL is allowed. */
 extern void load_close (struct loaded *image);
 
-/* The size of its disk, a multiple of 512 in what this filter and qemu write. */
-extern uint64_t load_disk_size (const struct loaded *image);
-
 /* The bytes of the disk that it does not leave to what is below: this bounds the
  * memory for the map of an overlay that it is brought into.
  */
 extern uint64_t load_changed_bytes (const struct loaded *image);
-
-/* Did this filter make it? */
-extern bool load_is_ours (const struct loaded *image);
 
 /* All that its header says. */
 extern const struct qcow2_header *load_header (const struct loaded *image);

@@ -177,23 +177,19 @@ static enum outcome
 open_seekable (const char *name, int fd, struct opened *o)
 {
   char path[64];
-  enum outcome outcome;
 
   /* Opened anew if that is possible: locks on what others have open would outlive
    * this server.
    */
   (void) snprintf (path, sizeof path, "/proc/self/fd/%d", fd);
   if (access (path, R_OK) == 0)
-    outcome = open_image (name, path, o);
-  else {
-    fd = fcntl (fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
-    if (fd == -1) {
-      report (name, "cannot use it");
-      return FAILED;
-    }
-    outcome = check_image (name, fd, o);
-  }
-  return outcome;
+    return open_image (name, path, o);
+
+  fd = fcntl (fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+  if (fd >= 0)
+    return check_image (name, fd, o);
+  report (name, "cannot use it");
+  return FAILED;
 }
 
 /* The same for descriptor FD, whatever that is. */
@@ -487,13 +483,12 @@ apply_image (struct loading *to, const struct loaded *image, const char *name)
     .base = base,
     .overlay = to->has_image ? to->overlay : NULL,
   };
-  const uint64_t size = load_disk_size (image);
 
-  if (size != ROUND_UP (base->size, UINT64_C (512))) {
+  if (header->disk_size != ROUND_UP (base->size, UINT64_C (512))) {
     nbdkit_error ("cow-load=%s: the image is of a disk of %" PRIu64
                   " bytes, but the base has %" PRIu64
                   "; it does not belong to this base",
-                  name, size, base->size);
+                  name, header->disk_size, base->size);
     return -1;
   }
   if (!to->loads->any_base) {

@@ -114,8 +114,9 @@ change (const struct file_lock *f, enum image_use from)
   return 0;
 }
 
-struct file_lock *
-locks_take (int fd, enum image_use use)
+/* Lock the file that FD, open for reading, is open on.  NULL and errno. */
+static struct file_lock *
+take (int fd, enum image_use use)
 {
   HOLD (&mutex);
 
@@ -163,7 +164,7 @@ lock_named (int fd, const char *path, enum image_use use,
     return -1;
   if (!S_ISREG (st.st_mode) && !S_ISBLK (st.st_mode))
     return 0;
-  *lock = locks_take (fd, use);
+  *lock = take (fd, use);
   if (!*lock)
     return -1;
   if (stat (path, &named) == 0 && named.st_dev == st.st_dev

@@ -19,9 +19,6 @@ struct file_lock;
 extern int locks_open (const char *path, enum image_use use,
                        struct file_lock **lock);
 
-/* Lock the file that FD, open for reading, is open on.  NULL and errno, as above. */
-extern struct file_lock *locks_take (int fd, enum image_use use);
-
 /* Give back one lock.  NULL is allowed.  Keeps errno. */
 extern void locks_give_back (struct file_lock *lock, enum image_use use);
 

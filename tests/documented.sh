@@ -73,9 +73,7 @@ stop_server ()
         kill "$server" 2>/dev/null || :
     done
     for server in ${servers[@]+"${servers[@]}"}; do
-        while kill -0 "$server" 2>/dev/null; do
-            command sleep 0.05
-        done
+        process_ended "$server"
     done
 }
 cleanup_fn stop_server

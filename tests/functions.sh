@@ -247,6 +247,15 @@ nbdkit_ended ()
     no_sanitizer_report "$log" || die "in $log"
 }
 
+# process_ended PID: waits for a process that is no child of the script.  (Some scripts
+# have a sleep of their own.)
+process_ended ()
+{
+    while kill -0 "$1" 2>/dev/null; do
+        command sleep 0.05
+    done
+}
+
 # view NAME: the URI of an export of the server started last, as "@snapshot".
 view ()
 {

@@ -93,7 +93,8 @@ read_some (struct overlay *overlay, const struct base *base)
 static void
 load (const struct loaded *image, uint32_t block_size)
 {
-  struct fake_base fake = { .bytes = zeroes, .size = load_disk_size (image) };
+  struct fake_base fake
+    = { .bytes = zeroes, .size = load_header (image)->disk_size };
   struct base base;
   const struct overlay_options options
     = { .block_size = block_size, .dir = dir };
@@ -122,7 +123,7 @@ LLVMFuzzerTestOneInput (const uint8_t *bytes, size_t size)
     return 0;
   }
   check (nr_errors == 0);
-  if (load_disk_size (image) <= MAX_DISK
+  if (load_header (image)->disk_size <= MAX_DISK
       && load_changed_bytes (image) <= MAX_CHANGED)
     load (image, block_sizes[size % 3]);
   load_close (image);

@@ -149,7 +149,7 @@ cleanup_fn eval 'kill $pid 2>/dev/null'
 refused cow-load="$diff"
 qemu_can_write no
 kill "$pid"
-while kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
+process_ended "$pid"
 pid=
 
 # Who comes between the start and the end does not lose the diff: it is kept.  (That one

@@ -30,7 +30,7 @@ stop ()
     [ -s "$tmp/pid" ] || return 0
     pid=$(cat "$tmp/pid")
     kill "$pid"
-    while kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
+    process_ended "$pid"
     rm -f "$tmp/pid" "$tmp/sock"
     no_sanitizer_report "$tmp/start.log"
 }

@@ -646,9 +646,9 @@ small_image (void **state)
   const int fd = make_file (small, sizeof small);
   struct loaded *image = open_good (fd);
 
-  assert_int_equal (load_disk_size (image), SMALL_DISK);
+  assert_int_equal (load_header (image)->disk_size, SMALL_DISK);
   assert_int_equal (load_changed_bytes (image), 6 * C);
-  assert_false (load_is_ours (image));
+  assert_false (load_header (image)->ours);
 
   /* As often as one likes. */
   for (uint32_t block_size = 512; block_size <= 65536; block_size *= 2) {
@@ -749,7 +749,7 @@ harmless_things_in_the_header (void **state)
 
   assert_non_null (image);
   assert_int_equal (nr_errors, 0);
-  assert_true (load_is_ours (image));
+  assert_true (load_header (image)->ours);
   assert_false (load_header (image)->base.known);
   assert_string_equal (load_header (image)->backing_file, "/dev/null");
   assert_string_equal (load_header (image)->backing_format, "qcow2");
@@ -1009,7 +1009,7 @@ check_image (void)
   static const uint32_t block_sizes[] = { 512, 4096, 65536, 2 << 20 };
   struct loaded *image = open_good (make_file (m.file, image_size ()));
 
-  assert_int_equal (load_disk_size (image), m.disk_size);
+  assert_int_equal (load_header (image)->disk_size, m.disk_size);
   for (unsigned i = 0; i < COUNT (block_sizes); ++i) {
     struct overlay *overlay
       = make_overlay (m.base_bytes, m.base_size, block_sizes[i]);

@@ -37,9 +37,7 @@ for _ in 1 2; do
     for block in "$tmp"/block*; do
         bash -e "$block" >out 2>&1 ||
             { cat "$block" out >&2; die "this block of README.md failed"; }
-        until [ ! -e farm.pid ] || ! kill -0 "$(cat farm.pid)" 2>/dev/null; do
-            sleep 0.05
-        done
+        [ ! -e farm.pid ] || process_ended "$(cat farm.pid)"
     done
     # What the recipes wrote.  Nothing of the disk changed.
     has disk.img 'read -P 0 0 64M'

@@ -34,9 +34,7 @@ ask 'read -P 2 0 64k' 'read 65536/65536'
 
 server=$(cat disk.pid)
 kill -9 "$server"
-while kill -0 "$server" 2>/dev/null; do
-    sleep 0.05
-done
+process_ended "$server"
 run <<'END'
 rm -f disk.sock
 END

@@ -55,10 +55,9 @@ of test shows a
 
 # Without shared=true the base changes when nobody is connected.  (While the other server
 # is a client of the view, it would be the same moment.)
-kill "$(cat test.pid)"
-while kill -0 "$(cat test.pid)" 2>/dev/null; do
-    sleep 0.05
-done
+server=$(cat test.pid)
+kill "$server"
+process_ended "$server"
 nbdkit -U other.sock -P other.pid --filter=cow --filter=exportname \
     nbd socket=disk.sock export=@snapshot default-export= cow-views=true
 of other write mine 1
