@@ -240,7 +240,7 @@ parse_base_id (const char *value)
   if (!qcow2_is_base_id (value)) {
     nbdkit_error ("cow-base-id=%s: must be a text of 1 to %d bytes in one "
                   "line",
-                  value, QCOW2_MAX_BASE_ID);
+                  printable (value).text, QCOW2_MAX_BASE_ID);
     return -1;
   }
   cow_base_id = value;

@@ -83,7 +83,7 @@ check_id (const char *name, const struct qcow2_base *said,
   nbdkit_error (
     "cow-load=%s: it was made over the base that is called \"%s\", "
     "and this one is called cow-base-id=%s; serve that one, or " INSIST,
-    name, said->id, is->id);
+    name, printable (said->id).text, printable (is->id).text);
   return -1;
 }
 

@@ -318,15 +318,18 @@ find_source (struct load_source *s)
   s->descriptor = descriptors_find (s->name, STDIN_FILENO);
   if (s->descriptor >= 0)
     return 0;
-  s->path = realpath (s->name, NULL);
-  if (s->path && stat (s->path, &st) == 0) {
-    s->is_directory = S_ISDIR (st.st_mode);
-    s->is_fifo = S_ISFIFO (st.st_mode);
+
+  const bool is_there = stat (s->name, &st) == 0;
+
+  s->is_directory = is_there && S_ISDIR (st.st_mode);
+  s->is_fifo = is_there && S_ISFIFO (st.st_mode);
+  s->path
+    = s->is_directory ? realpath (s->name, NULL) : names_resolve (s->name);
+  /* What has no path but a link in /proc, as a pipe that a process has open. */
+  if (is_there && s->path && access (s->path, F_OK) == -1) {
+    free (s->path);
+    s->path = strdup (s->name);
   }
-  if (s->is_directory)
-    return 0;
-  free (s->path);
-  s->path = names_resolve (s->name);
   return s->path ? 0 : report (s->name, "cannot find it");
 }
 

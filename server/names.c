@@ -107,18 +107,50 @@ is_special (const char *name, size_t i)
          || (i == 0 && (c == '.' || strcmp (name, "default") == 0));
 }
 
+/* How many bytes the character at TEXT has, if a terminal only shows it: in UTF-8, and no
+ * control character (those from U+0080 on are some, too).  Else 0.
+ */
+static size_t
+shown_bytes (const char *text)
+{
+  const unsigned char *c = (const unsigned char *) text;
+  const size_t length = c[0] < 0x80   ? 1
+                        : c[0] < 0xc2 ? 0
+                        : c[0] < 0xe0 ? 2
+                        : c[0] < 0xf0 ? 3
+                        : c[0] < 0xf5 ? 4
+                                      : 0;
+
+  for (size_t i = 1; i < length; ++i)
+    if ((c[i] & 0xc0) != 0x80)
+      return 0;
+  /* The last two have fewer bytes in UTF-8. */
+  if ((length == 1 && iscntrl (c[0])) || (c[0] == 0xc2 && c[1] < 0xa0)
+      || (c[0] == 0xe0 && c[1] < 0xa0) || (c[0] == 0xf0 && c[1] < 0x90))
+    return 0;
+  return length;
+}
+
 struct printable
 printable (const char *name)
 {
   struct printable p;
-  size_t i;
+  size_t to = 0;
 
-  for (i = 0; name[i] && i < sizeof p.text - 1; ++i) {
-    const char c = name[i];
+  while (*name) {
+    const size_t shown = shown_bytes (name);
+    const size_t n = shown > 0 ? shown : 1;
 
-    p.text[i] = (char) (iscntrl ((unsigned char) c) ? '?' : c);
+    if (to + n >= sizeof p.text)
+      break;
+    if (shown > 0)
+      memcpy (p.text + to, name, n);
+    else
+      p.text[to] = '?';
+    to += n;
+    name += n;
   }
-  p.text[i] = '\0';
+  p.text[to] = '\0';
   return p;
 }
 

@@ -11,7 +11,8 @@ struct parameter {
 };
 
 /* A name that was not made here (a client's for an export, one in an image) as it may
- * stand in a log: in one line, and not too long.
+ * stand in a log: in one line, without what does something to a terminal, and not too
+ * long.
  */
 struct printable {
   char text[256];

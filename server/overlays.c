@@ -86,20 +86,23 @@ report_directory (const struct save *save, const char *dir)
                   dir);
 }
 
-/* An overlay keeps its file open, a connection its socket, and the base may want
- * files of its own.
+/* An overlay keeps its file open and, in a directory, the one that it replaces; a
+ * connection its socket, and the base may want files of its own.
  */
 static void
-warn_of_file_limit (uint64_t max_overlays)
+warn_of_file_limit (const struct overlays_options *options)
 {
   const uint64_t others = 64, limit = limits_open_files ();
+  const unsigned each
+    = options->save && save_is_per_export (options->save) ? 2 : 1;
 
-  if (max_overlays > limit || limit - max_overlays < others)
+  if (limit < others || options->max > (limit - others) / each)
     (void) fprintf (stderr,
                     "nbdkit: cow: warning: the limit on open files, %" PRIu64
                     " (ulimit -Hn), cannot hold cow-max-overlays=%" PRIu64
-                    " overlays: raise the one or lower the other\n",
-                    limit, max_overlays);
+                    " overlays (open files for each: %u); raise the one or "
+                    "lower the other\n",
+                    limit, options->max, each);
 }
 
 /* The directory for overlay files, which was checked; NULL if there is none, which
@@ -137,7 +140,7 @@ overlays_new (const struct overlays_options *options)
   s->options.overlay.dir = s->dir;
   s->options.overlay.fate
     = options->save ? save_fate (options->save) : OVERLAY_THROWN_AWAY;
-  warn_of_file_limit (options->max);
+  warn_of_file_limit (options);
   return s;
 }
 

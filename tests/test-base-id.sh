@@ -96,12 +96,27 @@ stop_nbdkit
 # And so may one that was made over the base.
 run cow-load="$tmp/monday" cow-load="$diff" "cow-base-id=golden 1"
 
+# What a diff says is shown so that it does nothing to a terminal.
+py "$diff" "$tmp/odd" <<'END'
+image = open(sys.argv[1], "rb").read()
+expect(image.count(b"golden 1"), 1, "its ID")
+open(sys.argv[2], "wb").write(image.replace(b"golden 1", b"g\xc2\x9b2J\x9b\xc3\xa4"))
+END
+start_nbdkit file "$tmp/base" cow-load="$tmp/odd" cow-base-id=$'golden \xc2\x9b2'
+py <<'END'
+expect(refused(""), True, "refused")
+END
+log_has $'called "g\\?\\?2J\\?\xc3\xa4", .* cow-base-id=golden \\?\\?2;'
+stop_nbdkit
+
 # What can be an ID.
 long=$(printf 'x%.0s' {1..255})
 run cow-save="$tmp/long" cow-base-id="$long"
 run cow-load="$tmp/long" cow-base-id="$long"
 for id in "" "x$long" $'two\nlines' $'\e[2J'; do
     nbdkit_refuses cow-base-id --filter="$FILTER" null 1M cow-base-id="$id"
+    ! grep -q $'\e' "$tmp/refused" || die "shown as it is"
+    [ "$(wc -l <"$tmp/refused")" -eq 1 ] || die "not one line"
 done
 for value in "" 2 maybe; do
     nbdkit_refuses cow-base-check --filter="$FILTER" null 1M cow-base-check="$value"

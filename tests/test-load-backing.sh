@@ -85,6 +85,9 @@ done
 # In one line, whatever the name is.
 image diff $'no\nsuch\e[2Jfile'
 warns 'no\?such\?\[2Jfile is not there' file "$tmp/base" cow-load="$tmp/diff"
+# (A terminal takes 9b and c2 9b for the start of a command.  a4 alone is no character.)
+image diff $'no\xc2\x9b2J\x9b2J\xc3\xa4\xa4file'
+warns $'no\\?\\?2J\\?2J\xc3\xa4\\?file is not there' file "$tmp/base" cow-load="$tmp/diff"
 
 # An image from a pipe is in no directory, so only absolute names say where.
 image diff nowhere

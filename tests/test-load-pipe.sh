@@ -73,6 +73,14 @@ start cow-load="$tmp/fifo" </dev/null
 wait $!
 serves_shown "FIFO opened later"
 rm "$tmp/fifo"
+# By links that lead to no path.
+ln -s /dev/stdin "$tmp/link"
+cat "$diff" | start cow-load="$tmp/link"
+serves_shown "a link to /dev/stdin"
+exec 8< <(cat "$diff")
+start cow-load="/proc/$$/fd/8" </dev/null
+exec 8<&-
+serves_shown "a pipe of another process"
 # With a socket, as ssh gives to commands, in small pieces.
 export FILTER
 py "$tmp/diff" <<'END'

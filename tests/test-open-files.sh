@@ -46,3 +46,27 @@ log_has 'warning:.* 200 .*cow-max-overlays=200'
 stop_nbdkit
 start_nbdkit pattern 1M cow-max-overlays=20
 log_lacks 'warning'
+stop_nbdkit
+
+# An overlay that is going to replace a file in a directory has that open as well.
+mkdir "$tmp/d"
+for n in 60 80; do
+    start_nbdkit pattern 1M cow-save="$tmp/d/" cow-max-overlays=$n
+    if [ $n = 60 ]; then log_lacks warning; else log_has "warning:.* 200 .*=80 .*each: 2"; fi
+    py <<END
+for i in range($n):
+    connect(str(i)).pwrite(b"%06d" % i, 0)
+END
+    log_lacks error
+    stop_nbdkit
+    # (Now there is something to replace.)
+    [ "$(find "$tmp/d" -name '*.qcow2' | wc -l)" -eq $n ] || die "not $n diffs"
+done
+start_nbdkit pattern 1M cow-save="$tmp/d/" cow-load="$tmp/d/" cow-max-overlays=60
+py <<'END'
+for i in range(60):
+    connect(str(i)).pwrite(b"again.", 0)
+END
+open=$(find "/proc/$pid/fd" -lname "$tmp/d/*" | wc -l)
+[ "$open" -eq 120 ] || die "$open files are open"
+log_lacks error
