@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# Tests run in a chroot whose / is no mount point, as where packages are built.  There,
-# mounts cannot be made private, and each test failed for that.
+# Tests run in a chroot whose / is no mount point, as where packages are built.  Mounts
+# cannot be made private there.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 requires unshare -m true

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# The scripts that people run first say why they end.  ./quickstart ended with status 1
-# and not a word where a library for more tests was missing, which pkg-config does not
-# know then: so it is run without any, twice.  A command that fails is named.  Who cannot
-# install packages is told how that is done.
+# The scripts that people run first say why they end.  ./quickstart works where pkg-config
+# knows no library for more tests, and when it is run again.  A command that fails is
+# named.  Who cannot install packages is told how that is done.
 #
 # The scripts are run in a source tree where there is nothing to build.
 

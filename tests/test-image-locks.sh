@@ -3,8 +3,7 @@
 #
 # A diff that somebody else may write is not loaded, and one that somebody else uses is not
 # replaced: what they write later would be lost.  Nor do qemu's programs and a second server
-# get what this server has loaded or is going to replace.  (Seen before: a diff that qemu-nbd
-# had open was loaded and replaced, and what its client wrote meanwhile was gone.)
+# get what this server has loaded or is going to replace.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 requires_plugin file

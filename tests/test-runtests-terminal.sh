@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# ./runtests on a terminal.  No test sees the terminal: timeout puts qemu-io into the
-# background, where it was stopped as soon as it set the terminal, and the test hung.
-# And what ends runtests (Ctrl-C, SIGTERM, the end of the terminal) ends all that it has
-# started, and leaves no process, mount or file behind.
+# ./runtests on a terminal.  No test sees the terminal: qemu-io, which timeout puts into
+# the background, would be stopped as soon as it sets it.  And what ends runtests (Ctrl-C,
+# SIGTERM, the end of the terminal) ends all that it has started, and leaves no process,
+# mount or file behind.
 #
 # runtests is run in a source tree where there is nothing to build, and "make check"
 # there runs a test that is made here, as this build runs its tests.

@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 #
 # After an upgrade of nbdkit, configure and make build everything anew.  The new headers
-# carry older dates than the objects, so nothing was compiled, and nbdkit refused the
-# filter.  Where make cannot know what to build, configure refuses; and so does it where
+# carry older dates than the objects, so make by itself would compile nothing.  Where make cannot know what to build, configure refuses; and so does it where
 # the filter would not work, on 32 bits.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
