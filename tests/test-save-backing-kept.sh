@@ -80,7 +80,8 @@ run cow-load="$tmp/middle" cow-load="$tmp/upper" cow-save="$tmp/upper"
 backing "$tmp/upper" "$(printf 'json:{"driver":"raw","file":{"driver":"null-co","size":%d,"read-zeroes":true}}' 1048576)" raw
 cp "$diff" "$tmp/upper"
 run cow-load="$tmp/middle" cow-save="$tmp/upper"
-! qemu-img info -U "$tmp/upper" | grep -q "base" || die "the name is of another image"
+qemu-img info -U "$tmp/upper" >"$tmp/info" || die "qemu-img cannot tell"
+! grep -q base "$tmp/info" || die "the name is of another image"
 
 # Of each export.
 run cow-load="$tmp/dir" cow-save="$tmp/dir"
