@@ -467,8 +467,8 @@ save_untouched (nbdkit_backend *backend)
   if (lone_base_open (backend, &base) == -1) {
     (void) fprintf (stderr,
                     "nbdkit: cow: warning: cow-save=%s: nothing was saved, as "
-                    "no client has connected and the size of the disk is not "
-                    "known\n",
+                    "no client has connected, and the base does not tell its "
+                    "size or does not answer\n",
                     cow_save.target);
     return;
   }

@@ -16,9 +16,10 @@
 
 #include <nbdkit-filter.h>
 
+#include "server/identity.h"
 #include "server/lone.h"
 
-/* A base that does not open within this time cannot be opened. */
+/* A base that does not open and answer within this time cannot be opened. */
 #define SECONDS 10
 
 static int
@@ -35,22 +36,27 @@ open_base (nbdkit_backend *backend, struct base *base)
   return 0;
 }
 
-/* The child: says by one byte that it went well, and is heard in no other way. */
+/* The child: says by one byte that it went well, and is heard in no other way.  What the
+ * base answers does not matter, only that it does.
+ */
 static void __attribute__ ((noreturn))
 try_to_open (nbdkit_backend *backend, int fd)
 {
   const struct rlimit no_core = { 0, 0 };
   const int null = open ("/dev/null", O_RDWR | O_CLOEXEC);
+  struct qcow2_base ignored;
   struct base base;
+  int err;
 
   setrlimit (RLIMIT_CORE, &no_core);
   if (null >= 0)
     dup2 (null, STDERR_FILENO);
   for (int s = SIGHUP; s <= SIGTERM; ++s)
     (void) signal (s, SIG_DFL);
-  if (open_base (backend, &base) == 0 && write (fd, "", 1) == 1)
-    _exit (0);
-  _exit (1);
+  if (open_base (backend, &base) == -1)
+    _exit (1);
+  (void) identity_read (&ignored, &base, NULL, &err);
+  _exit (write (fd, "", 1) == 1 ? 0 : 1);
 }
 
 /* Does the child say within SECONDS that it went well? */

@@ -8,8 +8,9 @@
 #include "base.h"
 
 /* Open the base that is the same for every client, in .cleanup.  Plugins that
- * choose it by the client's export name cannot do that, and some crash; so it is
- * tried first in a child process.  -1 if it cannot be done, which is not reported.
+ * choose it by the client's export name cannot do that, and some crash, or do not answer
+ * when it is read for identity_read; so both are tried first in a child process.  -1 if
+ * it cannot be done, which is not reported.
  */
 extern int lone_base_open (nbdkit_backend *backend, struct base *base);
 extern void lone_base_close (struct base *base);

@@ -57,6 +57,15 @@ stop_nbdkit
 log_has "warning: cow-save=$tmp/t/diff: nothing was saved"
 only_files "$tmp/t" ""
 
+# A base that opens, and does not answer when its first bytes are read for the diff.
+touch "$tmp/hangs"
+start_nbdkit eval get_size='echo 1M' can_extents='exit 3' \
+    pread="while [ -e '$tmp/hangs' ]; do sleep 0.2; done; exit 1" cow-save="$tmp/t/diff"
+guard=60 stop_nbdkit
+rm "$tmp/hangs"
+log_has "warning: cow-save=$tmp/t/diff: nothing was saved"
+only_files "$tmp/t" ""
+
 # One export of those was looked at: its size is known.
 start_nbdkit file dir="$tmp/exports" cow-save="$tmp/t/diff"
 echo 'expect(connect("a").get_size(), 1000003, "size")' | py
