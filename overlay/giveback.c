@@ -2,16 +2,14 @@
 
 /* Giving back what an overlay file has too much (see giveback.h).
  *
- * To punch is quick, but what was freed is often only given to the disk ("discard") when
- * the file is synced, and that can take a millisecond for each of many small pieces.  So
- * the file is synced first, with all that is in it.  Then pieces are freed in batches,
- * each with a sync of its own: a few at first, and twice as many each time, as long as
- * the time will do for that.
+ * What is not on the disk yet is quickly forgotten, and need not be written then.  What
+ * is may take a millisecond or more for each extent, where the file system tells the disk
+ * what it does not need any more ("discard"): at once, or when the file is synced.  So
+ * extents on the disk are counted, and are freed a few at a time.
  */
 
 #include <config.h>
 
-#include <errno.h>
 #include <stdbool.h>
 #include <time.h>
 
@@ -19,15 +17,16 @@
 #include "overlay/giveback.h"
 #include "overlay/private.h"
 
-#define FIRST_BATCH 16
+/* The file is cut off so many places at a time, or fewer... */
+#define CUT_PLACES 256
+
+/* ...if they have more extents on the disk. */
+#define CUT_EXTENTS 16
 
 struct giveback {
   struct store *store;
-  int64_t *left;  /* nanoseconds */
-  int64_t since;  /* when this batch began */
-  unsigned batch; /* how many pieces are freed before the next sync */
-  unsigned nr;    /* how many were */
-  int err;        /* of a sync */
+  struct giveback_budget *budget;
+  int64_t deadline;
 };
 
 static int64_t
@@ -39,67 +38,69 @@ now (void)
   return (int64_t) t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* The batch has been freed.  False if there is no time for another one. */
-static bool
-end_batch (struct giveback *g)
+/* How many extents a range has on the disk, or more than MOST. */
+static uint64_t
+count_extents (const struct giveback *g, uint64_t offset, uint64_t count,
+               uint64_t most)
 {
-  if (store_sync (g->store) == -1) {
-    g->err = errno;
-    return false;
-  }
-  const int64_t took = now () - g->since;
-
-  g->since += took;
-  *g->left -= took;
-  g->batch *= 2;
-  g->nr = 0;
-  return *g->left > 2 * took;
+  return store_extents_on_disk (g->store, offset, count, most + 1);
 }
 
 static bool
 punch (void *opaque, uint64_t offset, uint64_t count)
 {
   struct giveback *g = opaque;
+  const uint64_t left = g->budget->extents;
+  const uint64_t extents = count_extents (g, offset, count, left);
 
-  store_punch (g->store, offset, count);
-  return ++g->nr < g->batch || end_batch (g);
+  if (extents <= left) {
+    store_punch (g->store, offset, count);
+    g->budget->extents -= extents;
+  }
+  return now () < g->deadline;
 }
 
-/* Cut the file off at END.  A batch is so many places. */
+/* Cut the file off at END, in steps from its end on. */
 static void
 cut_off (struct giveback *g, uint64_t place_size, uint64_t end)
 {
-  uint64_t size;
-  bool go_on = store_size (g->store, &size) == 0;
+  uint64_t size, step = CUT_PLACES * place_size;
 
-  while (go_on && size > end) {
-    size -= MIN (g->batch * place_size, size - end);
-    go_on = store_truncate (g->store, size) == 0 && end_batch (g);
+  if (store_size (g->store, &size) == -1)
+    return;
+  while (size > end && now () < g->deadline) {
+    const uint64_t left = g->budget->extents;
+    const uint64_t count = MIN (step, size - end);
+    const uint64_t extents
+      = count_extents (g, size - count, count, MIN (left, CUT_EXTENTS));
+
+    if (extents > CUT_EXTENTS && step > place_size)
+      step /= 2;
+    else if (extents > left || store_truncate (g->store, size - count) == -1)
+      return;
+    else {
+      size -= count;
+      g->budget->extents -= extents;
+    }
   }
 }
 
-int
-giveback (struct overlay *o, uint64_t end, int64_t *nanoseconds_left)
+void
+giveback (struct overlay *o, uint64_t end, struct giveback_budget *budget)
 {
-  struct store *store = overlay_store (o);
-  struct giveback g
-    = { .store = store, .left = nanoseconds_left, .batch = FIRST_BATCH };
+  struct giveback g = { .store = overlay_store (o), .budget = budget };
 
   if (!overlay_had_views (o)) {
-    (void) store_truncate (store, end);
-    return 0;
+    (void) store_truncate (g.store, end);
+    return;
   }
-  if (store_sync (store) == -1)
-    return -1;
-  if (*nanoseconds_left <= 0)
-    return 0;
+  /* Who still has the file written to the disk makes it more. */
+  (void) store_check_early (g.store);
 
-  g.since = now ();
+  const int64_t start = now ();
+  g.deadline = start + budget->nanoseconds;
   cut_off (&g, o->places.size, end);
-  if (!g.err && *g.left > 0)
+  if (now () < g.deadline)
     overlay_find_unused (o, punch, &g);
-  if (!g.err)
-    (void) end_batch (&g);
-  errno = g.err;
-  return g.err ? -1 : 0;
+  budget->nanoseconds -= now () - start;
 }

@@ -13,14 +13,23 @@
 
 #include "overlay/overlay.h"
 
-/* How long that may take, for all overlays together. */
-#define GIVEBACK_NANOSECONDS INT64_C (500000000)
+/* What may be spent on it, for all overlays together. */
+struct giveback_budget {
+  int64_t nanoseconds;
+  uint64_t extents; /* of files on the disk, which take their time later */
+};
+
+#define GIVEBACK_BUDGET                                                       \
+  (struct giveback_budget)                                                    \
+  {                                                                           \
+    .nanoseconds = 800000000, .extents = 1024                                 \
+  }
 
 /* The file of OVERLAY, whose views were cut off, is an image that ends at END: cut it off
- * there, and punch what is not in use, as long as *NANOSECONDS_LEFT lasts, if there were
- * views; the file is synced then.  0, or -1 and errno if that failed.
+ * there, and punch what is not in use.  If there were views, no more of that is done than
+ * BUDGET allows.
  */
-extern int giveback (struct overlay *overlay, uint64_t end,
-                     int64_t *nanoseconds_left);
+extern void giveback (struct overlay *overlay, uint64_t end,
+                      struct giveback_budget *budget);
 
 #endif /* COW_GIVEBACK_H */

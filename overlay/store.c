@@ -12,6 +12,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/fiemap.h>
 #include <linux/fs.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -218,6 +219,35 @@ store_size (const struct store *store, uint64_t *size)
     return -1;
   *size = (uint64_t) st.st_size;
   return 0;
+}
+
+uint64_t
+store_extents_on_disk (const struct store *store, uint64_t offset,
+                       uint64_t count, uint64_t most)
+{
+  union {
+    struct fiemap map;
+    char bytes[sizeof (struct fiemap) + 64 * sizeof (struct fiemap_extent)];
+  } answer;
+  const struct fiemap_extent *extents = answer.map.fm_extents;
+  const uint64_t end = offset + count;
+  uint64_t nr = 0;
+
+  while (offset < end && nr < most) {
+    answer.map = (struct fiemap) { .fm_start = offset,
+                                   .fm_length = end - offset,
+                                   .fm_extent_count = 64 };
+    if (ioctl (store->file.fd, FS_IOC_FIEMAP, &answer.map) == -1
+        || answer.map.fm_mapped_extents == 0)
+      break;
+    for (uint32_t i = 0; i < answer.map.fm_mapped_extents; ++i) {
+      nr += !(extents[i].fe_flags & FIEMAP_EXTENT_DELALLOC);
+      offset = extents[i].fe_logical + extents[i].fe_length;
+    }
+    if (answer.map.fm_mapped_extents < 64)
+      break;
+  }
+  return MIN (nr, most);
 }
 
 int

@@ -92,6 +92,13 @@ extern int store_set_aside (const struct store *store, uint64_t offset,
 /* How long the file is, in *SIZE.  -1 and errno. */
 extern int store_size (const struct store *store, uint64_t *size);
 
+/* How many extents of a range are on the disk, MOST if there are more.  0 where the file
+ * system does not tell, as one in memory.
+ */
+extern uint64_t store_extents_on_disk (const struct store *store,
+                                       uint64_t offset, uint64_t count,
+                                       uint64_t most);
+
 /* Let the file end at SIZE. */
 extern int store_truncate (const struct store *store, uint64_t size);
 

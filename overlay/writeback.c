@@ -20,6 +20,9 @@
 /* What is synced soon enough. */
 #define LITTLE (UINT64_C (32) << 20)
 
+/* As much is asked for at once: who ends the thread waits for no more than that. */
+#define STEP (UINT64_C (16) << 20)
+
 /* May the call itself be what is wrong?  Not every sandbox knows it. */
 static bool
 may_be_refused (int err)
@@ -52,6 +55,26 @@ sleep_a_second (struct writeback *w)
     ;
 }
 
+/* Ask for the bytes from w->asked on, as far as END.  Caller holds the lock, which is let
+ * go meanwhile.
+ */
+static void
+ask (struct writeback *w, uint64_t end)
+{
+  while (!w->stop && w->asked < end) {
+    const uint64_t start = w->asked, count = MIN (STEP, end - start);
+
+    w->asked += count;
+    mutex_unlock (&w->lock);
+    const int r = sync_file_range (w->fd, (off_t) start, (off_t) count,
+                                   SYNC_FILE_RANGE_WRITE);
+    const int err = r == -1 ? errno : 0;
+    mutex_lock (&w->lock);
+    if (is_loss (err))
+      w->error = err;
+  }
+}
+
 static void *
 write_back (void *pointer)
 {
@@ -59,19 +82,10 @@ write_back (void *pointer)
 
   mutex_lock (&w->lock);
   while (!w->stop && w->end > w->asked) {
-    const uint64_t start = w->asked, end = w->end;
+    const uint64_t end = w->end;
 
     sleep_a_second (w);
-    if (w->stop)
-      break;
-    w->asked = end;
-    mutex_unlock (&w->lock);
-    const int r = sync_file_range (w->fd, (off_t) start, (off_t) (end - start),
-                                   SYNC_FILE_RANGE_WRITE);
-    const int err = r == -1 ? errno : 0;
-    mutex_lock (&w->lock);
-    if (is_loss (err))
-      w->error = err;
+    ask (w, end);
   }
   w->running = false;
   mutex_unlock (&w->lock);

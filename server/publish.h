@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "format/qcow2.h"
+#include "overlay/giveback.h"
 #include "overlay/overlay.h"
 #include "server/loads.h"
 #include "server/target.h"
@@ -35,7 +36,7 @@ struct publish_order {
   const struct loads *loads;
   const struct save_options *options;
   const char *temporary; /* a directory, or NULL */
-  int64_t *giveback_left;
+  struct giveback_budget *giveback;
   const struct save_item *item;
 };
 

@@ -28,8 +28,8 @@ struct save {
   struct save_options options;
   char *temporary; /* a directory for what cannot be kept elsewhere, or NULL */
   struct target_seen
-    seen;                /* the one file, before anything was loaded from it */
-  int64_t giveback_left; /* nanoseconds; changed by the one who saves */
+    seen; /* the one file, before anything was loaded from it */
+  struct giveback_budget giveback; /* changed by the one who saves */
 };
 
 bool
@@ -116,7 +116,7 @@ save_new (const struct save_options *options, const struct loads *loads,
   if (s->target->kind == TARGET_FILE)
     s->seen = target_look (s->target->path);
   s->temporary = tmpdir_find (&name);
-  s->giveback_left = GIVEBACK_NANOSECONDS;
+  s->giveback = GIVEBACK_BUDGET;
   return s;
 }
 
@@ -252,7 +252,7 @@ save_one (struct save *s, const struct loads *loads,
     .loads = loads,
     .options = &s->options,
     .temporary = s->temporary,
-    .giveback_left = &s->giveback_left,
+    .giveback = &s->giveback,
     .item = item,
   };
 

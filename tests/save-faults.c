@@ -9,6 +9,8 @@
  *   COW_FAULTS_DIR=D  only those in the file system of D count.
  *   COW_NO_TMPFILE=1  no file system has O_TMPFILE.
  *   COW_HELD=FILE     who opens FILE makes FILE.held, and waits until FILE.go is there.
+ *   COW_SLOW_PUNCH=F  as soon as F is there, each punch takes 20 ms, and so does each
+ *                     truncation.
  *
  * Punching does not count, as it only saves space.
  */
@@ -35,7 +37,7 @@
 
 #define REPLACES __attribute__ ((visibility ("default")))
 
-static const char *faults, *directory, *held;
+static const char *faults, *directory, *held, *slow_punch;
 static bool no_tmpfile;
 static struct stat where;
 static atomic_long nr_calls;
@@ -47,6 +49,7 @@ start (void)
   faults = getenv ("COW_FAULTS");
   directory = getenv ("COW_FAULTS_DIR");
   held = getenv ("COW_HELD");
+  slow_punch = getenv ("COW_SLOW_PUNCH");
   no_tmpfile = getenv ("COW_NO_TMPFILE") != NULL;
   if (directory && stat (directory, &where) == -1)
     abort ();
@@ -161,15 +164,24 @@ write (int fd, const void *buf, size_t count)
     return fails_fd (#name, fd) ? -1 : REAL (name, fd);                       \
   }
 
+static void
+be_slow (void)
+{
+  if (slow_punch && access (slow_punch, F_OK) == 0)
+    usleep (20000);
+}
+
 #define TRUNCATE(name, off)                                                   \
   REPLACES int name (int fd, off size)                                        \
   {                                                                           \
+    be_slow ();                                                               \
     return fails_fd ("ftruncate", fd) ? -1 : REAL (name, fd, size);           \
   }
 
 #define FALLOCATE(name, off)                                                  \
   REPLACES int name (int fd, int mode, off offset, off count)                 \
   {                                                                           \
+    be_slow ();                                                               \
     return mode == 0 && fails_fd ("fallocate", fd)                            \
              ? -1                                                             \
              : REAL (name, fd, mode, offset, count);                          \
