@@ -413,11 +413,11 @@ cow_get_ready (int thread_model)
                  .detect_zeroes = cow_detect_zeroes,
                  .format = cow_save.format },
     .base_id = cow_base_id,
+    .views = cow_views,
     .view = { .block_size = cow_block_size,
               .format = cow_save.format,
               .backing = cow_save.backing,
-              .backing_format = cow_save.backing_format,
-              .base_id = cow_base_id },
+              .backing_format = cow_save.backing_format },
   };
 
   if (cow_views && thread_model == NBDKIT_THREAD_MODEL_SERIALIZE_CONNECTIONS) {

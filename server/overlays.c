@@ -357,7 +357,8 @@ fill_entry (const struct overlays *s, struct overlay_entry *entry,
                             &entry->target)
            == -1)
     return ENTRY_FAILED;
-  if (s->options.save || s->options.loads)
+  /* Now, as a view of the diff is to be opened also while the base does not answer. */
+  if (s->options.save || s->options.loads || s->options.views)
     learn_base (s, entry, base);
   if (s->options.loads
       && loads_apply (s->options.loads, entry->name, entry->overlay, base,

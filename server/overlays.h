@@ -29,6 +29,7 @@ struct overlays_options {
   struct save *save;              /* NULL: they are thrown away */
   struct loads *loads;
   const char *base_id;      /* what the user calls the base; NULL: nothing */
+  bool views;               /* whether there are any */
   struct view_options view; /* of the images of views */
 };
 

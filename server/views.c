@@ -22,7 +22,6 @@
 #include "common/debug.h"
 #include "common/lock.h"
 #include "images/image.h"
-#include "server/identity.h"
 #include "server/views.h"
 
 /* Extents of the base are asked for so many bytes at a time: in blocks of 512 bytes
@@ -224,7 +223,6 @@ plan (struct view *v, const struct base *base)
   const struct view_options *o = v->options;
   struct image_source source = { .map = &v->frozen->map };
   CLEANUP_FREE char *made_up = NULL;
-  int err;
 
   assert_held (&v->lock);
   if (qcow2_geometry_init (&source.geometry, base->size, o->block_size,
@@ -242,9 +240,6 @@ plan (struct view *v, const struct base *base)
     if (image_set_backing (&source, o->backing, o->backing_format, &made_up)
         == -1)
       return -1;
-    /* Without a checksum, where the base cannot be read. */
-    if (!v->base.known)
-      (void) identity_read (&v->base, base, o->base_id, &err);
     source.base = &v->base;
   }
   v->image = image_plan (&source);

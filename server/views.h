@@ -46,16 +46,15 @@ struct view_options {
   enum qcow2_l2_format format;
   const char *backing;
   const char *backing_format;
-  const char *base_id;
 };
 
 struct view;
 
 /* Make a view of what OVERLAY is at this moment (NULL for VIEW_BASE, which needs
- * none).  IDENTITY, which is copied, is what a diff is to say of its base; that is found
- * out when an image is planned, if it is not known yet (NULL for VIEW_BASE).  It can be used by several connections at once; BASE below is that of the
- * connection.  OPTIONS must live as long.  NULL if that is not possible, which was
- * reported.
+ * none).  IDENTITY, which is copied, is what a diff is to say of its base (NULL for
+ * VIEW_BASE).  The view can be used by several connections at once; BASE below is that
+ * of the connection.  OPTIONS must live as long.  NULL if that is not possible, which
+ * was reported.
  */
 extern struct view *view_new (enum view_kind kind, struct overlay *overlay,
                               const struct qcow2_base *identity,

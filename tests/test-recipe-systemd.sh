@@ -9,6 +9,7 @@
 . "${srcdir:-$(dirname "$0")}/documented.sh"
 requires systemd-analyze --version
 requires systemd-socket-activate --version
+[ -d /run/systemd ] || [ -w /run ] || skip "where systemd does not run, this needs root"
 examples=$test_dir/../examples
 
 # It complains on standard error, and of unknown keys with status 0.
