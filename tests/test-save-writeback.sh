@@ -85,9 +85,10 @@ TMPDIR=$tmp/kept start_nbdkit memory 1G cow-save="$tmp/t/diff"
 write_and_wait 0 saved
 end_nbdkit TERM 1
 log_has "error: cow-save=$tmp/t/diff: the disk of $tmp/t did not take all of the overlay"
-log_has "as a complete diff, perhaps damaged as its disk did not take all of it, in $tmp/kept/"
-sound_diff "$(kept_diff "$log")"
-only_files "$tmp/t"
+log_has "as a complete diff, perhaps damaged as its disk did not take all of it, in $tmp/t/"
+kept=$(kept_diff "$log")
+sound_diff "$kept"
+only_files "$tmp/t" "${kept##*/}"
 
 # stream INJECTED STATUS: 1 MiB that is streamed at the end.
 stream ()
