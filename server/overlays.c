@@ -7,9 +7,9 @@
  * freed; one without is freed at once, unless it was changed and belongs to an
  * export.
  *
- * An overlay is loaded by its first user, under a lock of its own, and what it is going
- * to replace is looked at there; the others wait for it.  Saving does not wait: what is still being loaded is not saved, as
- * nobody can have written to it.
+ * The first user of an overlay looks at what the overlay is going to replace, and loads
+ * it, under a lock of its own; the others wait for that.  Saving does not wait: what is
+ * still being loaded is not saved, as nobody can have written to it.
  */
 
 #include <config.h>
