@@ -489,6 +489,9 @@ test_long_file (void **state)
   assert_int_equal (fstat (store.file.fd, &st), 0);
   const size_t size = (size_t) st.st_size;
   char *image = mmap (NULL, size, PROT_READ, MAP_SHARED, store.file.fd, 0);
+  /* Valgrind has no room for so much, and calls that invalid. */
+  if (image == MAP_FAILED && errno == EINVAL)
+    skip ();
   assert_true (image != MAP_FAILED);
   check_image (image, size);
   assert_true (header.reftable_offset > 100 * 1024 * MIB);
