@@ -94,7 +94,9 @@ giveback (struct overlay *o, uint64_t end, struct giveback_budget *budget)
     (void) store_truncate (g.store, end);
     return;
   }
-  /* Who still has the file written to the disk makes it more. */
+  /* The thread that writes back would put more on the disk.  Its error is not lost: it is
+   * told again to the one who asks before the file gets its name.
+   */
   (void) store_check_early (g.store);
 
   const int64_t start = now ();
