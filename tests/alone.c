@@ -10,6 +10,9 @@
  * files, which is removed, and where that is allowed a mount namespace, which goes with
  * its last process.
  *
+ * A test that hangs ends: after $TEST_LIMIT seconds (900) it has failed, and what it was
+ * running is named.
+ *
  * Nothing of the test outlives it.  What it leaves running is killed, and named, and the
  * test has failed.  When this program is told to end (Ctrl-C, or the death of who started
  * it), it tells all that the test has started; what has not ended soon is killed.
@@ -35,6 +38,8 @@
 #include <time.h>
 #include <unistd.h>
 
+/* How long a test may take, unless $TEST_LIMIT says something else. */
+#define LIMIT_S 900
 /* How long the test may take to end, once it was told. */
 #define GRACE_MS 1500
 /* How long what it has started may take to end, once the test has ended. */
@@ -132,8 +137,9 @@ signal_all (int signal)
     kill (found[i], SIGCONT);
 }
 
+/* Says of each process that the test has started what it is. */
 static void
-name_all (void)
+name_all (const char *what)
 {
   pid_t found[MAX_PROCESSES];
   int n = find_below (getpid (), found, 0);
@@ -152,7 +158,7 @@ name_all (void)
       if (line[at] == '\0')
         line[at] = ' ';
     line[length] = '\0';
-    fprintf (stderr, "alone: FAILED: left running: %d %s\n", found[i], line);
+    fprintf (stderr, "alone: FAILED: %s: %d %s\n", what, found[i], line);
   }
 }
 
@@ -172,15 +178,28 @@ anything_left (void)
   return pid == 0;
 }
 
-/* Waits for a signal to this process, and returns it. */
+static time_t
+now (void)
+{
+  struct timespec t;
+
+  clock_gettime (CLOCK_MONOTONIC, &t);
+  return t.tv_sec;
+}
+
+/* Waits for a signal to this process, and returns it; SIGALRM when it is too late. */
 static int
-next_signal (void)
+next_signal (time_t end)
 {
   int signal;
 
-  while ((signal = sigwaitinfo (&signals, NULL)) == -1 && errno == EINTR)
-    ;
-  return signal;
+  do {
+    const time_t at = now ();
+    const struct timespec left = { .tv_sec = at < end ? end - at : 0 };
+
+    signal = sigtimedwait (&signals, NULL, &left);
+  } while (signal == -1 && errno == EINTR);
+  return signal == -1 ? SIGALRM : signal;
 }
 
 /* Waits until nothing is left, for so long at the most; returns whether that is so. */
@@ -229,6 +248,9 @@ int
 main (int argc, char *argv[])
 {
   const int ends[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT };
+  const char *limit = getenv ("TEST_LIMIT");
+  const time_t end
+    = now () + (limit && atoi (limit) > 0 ? atoi (limit) : LIMIT_S);
   sigset_t mask;
   int signal = 0;
 
@@ -253,17 +275,19 @@ main (int argc, char *argv[])
     run_test (&argv[1], &mask);
 
   do {
-    signal = next_signal ();
+    signal = next_signal (end);
     anything_left ();
   } while (signal == SIGCHLD && test_status == -1);
 
   if (signal != SIGCHLD) {
+    if (signal == SIGALRM)
+      name_all ("it takes too long");
     signal_all (SIGTERM);
     all_ended (GRACE_MS);
     test_status = 128 + signal;
   }
   else if (!all_ended (LINGER_MS)) {
-    name_all ();
+    name_all ("left running");
     test_status = EXIT_FAILURE;
   }
   while (!all_ended (10))

@@ -44,10 +44,15 @@ exec 8<&-
 # Somebody else writes it.
 mkfifo "$tmp/silent"
 exec 7<>"$tmp/silent"
-command qemu-io -f qcow2 "$device" <&7 >/dev/null 2>&1 &
+command qemu-io -f qcow2 "$device" <&7 >"$tmp/holder" 2>&1 &
 holder=$!
 cleanup_fn eval 'kill $holder 2>/dev/null || :'
-until ! qemu-io -f qcow2 -c 'read 0 1k' "$device" >/dev/null 2>&1; do sleep 0.05; done
+# Its prompt comes when it has the device.  (A second one that tries to open it meanwhile
+# may be what the first one is refused for.)
+until grep -q 'qemu-io>' "$tmp/holder"; do
+    kill -0 $holder || die "not opened: $(cat "$tmp/holder")"
+    sleep 0.05
+done
 nbdkit_refuses "is in use by another program" --filter="$FILTER" file "$tmp/base" \
     cow-load="$device"
 kill $holder

@@ -133,6 +133,12 @@ run_it ""
 ended 1 "0 passed, 1 failed, 0 skipped"
 grep -q 'left running: .*nbdkit' "$tmp/probe.log" || die "the server is not named"
 
+# One that hangs has failed.
+echo "sleep 1000" >"$tmp/probe.sh"
+TEST_LIMIT=1 run_it ""
+ended 1 "0 passed, 1 failed, 0 skipped"
+grep -q 'it takes too long: .*sleep 1000' "$tmp/probe.log" || die "what hangs is not named"
+
 # One that does not end by itself, with all that can be left behind.
 cat >"$tmp/probe.sh" <<END
 . "$test_dir/functions.sh"
