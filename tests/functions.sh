@@ -332,6 +332,21 @@ preload ()
     esac
 }
 
+# for_nobody: what another user needs may lie where only root looks.  Copies it: the filter
+# to $tmp/filter.so, and what $TEST_WRAPPER has preloaded, for which that is changed.
+for_nobody ()
+{
+    local library
+    chmod 755 "$tmp"
+    cp "$FILTER" "$tmp/filter.so"
+    chmod 755 "$tmp/filter.so"
+    for library in $(grep -oE "$abs_top_builddir[^ :]*\.so" <<<"$TEST_WRAPPER"); do
+        cp "$library" "$tmp"
+        chmod 755 "$tmp/${library##*/}"
+        TEST_WRAPPER=${TEST_WRAPPER//"$library"/"$tmp/${library##*/}"}
+    done
+}
+
 # no_sanitizer_report FILE: true when no sanitizer complained in FILE.
 no_sanitizer_report ()
 {

@@ -79,9 +79,7 @@ if [ "$(id -u)" -eq 0 ]; then
     mkdir -m 777 "$tmp/run"
     if setpriv --version >/dev/null 2>&1; then
         as_nobody=(setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=-all)
-        # The filter may be where nobody looks in.
-        cp "$FILTER" "$tmp/filter.so"
-        chmod 755 "$tmp/filter.so"
+        for_nobody
         for target in "$tmp/readonly/x" "$tmp/readonly/"; do
             status=0
             # shellcheck disable=SC2086

@@ -48,10 +48,8 @@ timeout -k 5 60 "$NBDKIT" -s --filter="$FILTER" pattern 1M cow-save="$tmp/diff" 
 # A FIFO that one may not write to, as another user.
 if [ "$(id -u)" -eq 0 ] && setpriv --version >/dev/null 2>&1; then
     mkfifo -m 600 "$tmp/fifo"
-    chmod 755 "$tmp"
+    for_nobody
     mkdir -m 777 "$tmp/run"
-    cp "$FILTER" "$tmp/filter.so"
-    chmod 755 "$tmp/filter.so"
     status=0
     # shellcheck disable=SC2086
     timeout -k 5 60 setpriv --reuid=65534 --regid=65534 --clear-groups \
