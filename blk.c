@@ -3,10 +3,9 @@
 /* Block operations on an overlay: read, write, zero, cache (overlay.h has the object
  * itself, blk-extents.c the extents).
  *
- * A disk is cut into blocks, 32 of them are a slot.  The map says of each slot
- * where its bytes lie in the overlay file (its place) and in which state each
- * of its blocks is: a hole (read the base), allocated (read the file) or zero.
- * A block never becomes a hole again.
+ * A disk is cut into blocks, 32 of them are a slot.  The map says of each block in which
+ * state it is: a hole (read the base), allocated (read the file) or zero; and where it
+ * lies in the overlay file (its address).  A block never becomes a hole again.
  *
  * Reading walks over the runs of one state (look.h).  Everything that changes the map
  * goes through a struct change (change.h).
@@ -18,7 +17,7 @@
  *    lock, checked before writing    blk_write
  *  5 allocated is written whole      blk_write, blk_zero, keep
  *  6 zero and trim only change
- *    state, and punch afterwards     blk_zero
+ *    state                           zero_blocks
  *  8 one block, one read             edges_read, find_run
  */
 
@@ -87,6 +86,13 @@ blk_error (const struct overlay *o, int err)
   default:
     return EIO;
   }
+}
+
+/* Is there no room, so that it is worth waiting for the cleaner? */
+static bool
+is_full (int err)
+{
+  return err == ENOSPC || err == EDQUOT || err == EFBIG;
 }
 
 /*----------------------------------------------------------------------
@@ -220,7 +226,8 @@ fetch (const struct overlay *o, const struct base *base, uint64_t start,
  * (the second look of rule 3).  0 or an errno value; reports nothing.
  */
 static int
-keep (struct overlay *o, char *bytes, uint64_t start, uint64_t end)
+try_keep (struct overlay *o, char *bytes, uint64_t start, uint64_t end,
+          enum log_effort effort)
 {
   const struct iovec part
     = { .iov_base = bytes, .iov_len = ROUND_UP (end, block_size (o)) - start };
@@ -228,14 +235,26 @@ keep (struct overlay *o, char *bytes, uint64_t start, uint64_t end)
   int err;
 
   end = start + part.iov_len;
-  err = change_begin (&c, o, start, end, 0, 0);
+  change_init (&c, o, effort);
+  err = change_begin (&c, start, end, 0, 0);
   if (err)
     return err;
   change_allocate_holes (&c, start, end);
   err = change_prepare (&c, start, end);
   if (!err)
-    err = change_write_allocated (&c, &part, 1, start);
+    err = change_write (&c, &part, 1, start);
   return change_end (&c, err);
+}
+
+static int
+keep (struct overlay *o, char *bytes, uint64_t start, uint64_t end)
+{
+  const int err = try_keep (o, bytes, start, end, LOG_TIDY);
+
+  if (!is_full (err))
+    return err;
+  cleaner_round (&o->cleaning);
+  return try_keep (o, bytes, start, end, LOG_ANY);
 }
 
 /*----------------------------------------------------------------------
@@ -269,8 +288,8 @@ read_and_keep (struct overlay *o, const struct base *base, void *buf,
     memcpy (buf, around + (offset - start), end - offset);
   }
 
-  /* The client has what it asked for, kept or not. */
-  errno = keep (o, bytes, start, stop);
+  /* The client has what it asked for, kept or not, and need not wait for room. */
+  errno = try_keep (o, bytes, start, stop, LOG_TIDY);
   if (errno)
     VERBOSE ("not kept in the overlay: %s", strerror (errno));
   return 0;
@@ -318,7 +337,8 @@ blk_read (struct disk disk, const struct base *base, enum on_read on_read,
 /* Write to blocks that were all allocated a moment ago.  Caller holds the
  * request lock, but no slot lock: another request may zero a block meanwhile.
  * That one overlaps this one, and the block is as it would be had it come last;
- * so there is nothing to write.
+ * so there is nothing to write.  Nor does it matter if that happens after the last look:
+ * the address is not given to anybody before this request has ended (rule 6).
  */
 static int
 overwrite (const struct overlay *o, const char *buf, uint64_t offset,
@@ -390,13 +410,16 @@ detect_zeroes (struct change *c, const struct iovec *parts, int nr_parts,
  * its ends is in E.
  */
 static int
-write_blocks (struct overlay *o, const char *buf, const struct edges *e)
+write_blocks (struct overlay *o, const char *buf, const struct edges *e,
+              enum log_effort effort)
 {
   const uint64_t bs = block_size (o);
   CLEANUP_CHANGE struct change c;
   struct iovec before = { .iov_len = 0 }, after = { .iov_len = 0 };
-  int err = change_begin (&c, o, e->offset, e->end, 0, 0);
+  int err;
 
+  change_init (&c, o, effort);
+  err = change_begin (&c, e->offset, e->end, 0, 0);
   if (err)
     return err;
   change_allocate (&c, e->head, e->tail + bs);
@@ -430,23 +453,16 @@ write_blocks (struct overlay *o, const char *buf, const struct edges *e)
     detect_zeroes (&c, parts, MAX_PARTS, start);
   err = change_prepare (&c, e->offset, e->end);
   if (!err)
-    err = o->detect_zeroes
-            ? change_write_allocated (&c, parts, MAX_PARTS, start)
-            : change_write (&c, parts, MAX_PARTS, start);
-
-  err = change_end (&c, err);
-  if (!err && o->detect_zeroes)
-    change_punch (&c);
-  return err;
+    err = change_write (&c, parts, MAX_PARTS, start);
+  return change_end (&c, err);
 }
 
-int
-blk_write (struct overlay *o, const struct base *base, const void *buf,
-           uint32_t count, uint64_t offset, int *err)
+/* 0, an errno value, or -1 and *ERR if the base cannot be read, which was reported. */
+static int
+try_write (struct overlay *o, const struct base *base, const void *buf,
+           uint32_t count, uint64_t offset, enum log_effort effort, int *err)
 {
   CLEANUP_EDGES struct edges edges = { .bytes = NULL };
-  bool done = false;
-  int r = 0;
 
   /* Rule 4: all blocks are looked at before the first byte is written, and the
    * request lock is held until the bytes are in the file.  Should a block be
@@ -454,32 +470,35 @@ blk_write (struct overlay *o, const struct base *base, const void *buf,
    * whoever allocates it again writes it whole (rule 5).
    */
   {
-    HOLD_SHARED (&o->request_lock);
-    if (is_closed (o)) {
-      r = ESHUTDOWN;
-      done = true;
-    }
-    else if (all_allocated (o, offset, offset + count)
-             && !any_shared (o, offset, offset + count)
-             && !(o->detect_zeroes
-                  && has_zero_block (o, buf, offset, offset + count))) {
-      r = overwrite (o, buf, offset, offset + count);
-      done = true;
-    }
-    else
-      edges_look (&edges, o, count, offset);
+    HOLD_REQUEST (o);
+    if (is_closed (o))
+      return ESHUTDOWN;
+    if (all_allocated (o, offset, offset + count)
+        && !any_shared (o, offset, offset + count)
+        && !(o->detect_zeroes
+             && has_zero_block (o, buf, offset, offset + count)))
+      return overwrite (o, buf, offset, offset + count);
+    edges_look (&edges, o, count, offset);
   }
 
-  if (!done) {
-    if (edges_read (&edges, o, base, err) == -1)
-      return -1;
-    r = write_blocks (o, buf, &edges);
-  }
-  if (r) {
-    *err = blk_error (o, r);
+  if (edges_read (&edges, o, base, err) == -1)
     return -1;
+  return write_blocks (o, buf, &edges, effort);
+}
+
+int
+blk_write (struct overlay *o, const struct base *base, const void *buf,
+           uint32_t count, uint64_t offset, int *err)
+{
+  int r = try_write (o, base, buf, count, offset, LOG_TIDY, err);
+
+  if (is_full (r)) {
+    cleaner_round (&o->cleaning);
+    r = try_write (o, base, buf, count, offset, LOG_ANY, err);
   }
-  return 0;
+  if (r > 0)
+    *err = blk_error (o, r);
+  return r ? -1 : 0;
 }
 
 /* Zero the bytes of the request that are in the block at BLOCK, one of those at
@@ -497,65 +516,73 @@ zero_edge (struct change *c, const struct edges *e, uint64_t block)
   memset (bytes + (from - block), 0, to - from);
 
   switch (change_found (c, block)) {
-  case BLOCK_HOLE: /* written whole, rule 5 */
-    return change_write (c, &part, 1, block);
-
   case BLOCK_ALLOCATED: /* just the request's own bytes */
     part.iov_base = bytes + (from - block);
     part.iov_len = to - from;
     return change_write (c, &part, 1, from);
 
-  case BLOCK_ZERO:
+  case BLOCK_ZERO: /* to be allocated, or nothing is written */
+    memset (bytes, 0, bs);
+    return change_write (c, &part, 1, block);
+
+  case BLOCK_HOLE: /* written whole, rule 5 */
   default:
-    return 0;
+    return change_write (c, &part, 1, block);
   }
 }
 
 static int
-zero_blocks (struct overlay *o, const struct edges *e)
+zero_blocks (struct overlay *o, const struct edges *e, enum zero_effort effort,
+             enum zero_space space, enum log_effort log_effort)
 {
   const uint64_t bs = block_size (o);
   const bool head_partial = e->before > 0;
   const bool tail_partial = e->after > 0 && e->end < o->size;
   const uint64_t whole_start = head_partial ? e->head + bs : e->head;
   const uint64_t whole_end = tail_partial ? e->tail : e->tail + bs;
+  const bool has_space = space == ZERO_HAS_SPACE && whole_start < whole_end;
   uint64_t partial[2];
   unsigned nr_partial = 0;
   CLEANUP_CHANGE struct change c;
-  int err = change_begin (&c, o, e->offset, e->end, whole_start, whole_end);
+  int err = 0;
 
+  change_init (&c, o, log_effort);
+  if (has_space)
+    err
+      = change_provide (&c, (e->tail - e->head) / bs + 1, effort == ZERO_FAST);
+  if (!err)
+    err = change_begin (&c, e->offset, e->end, has_space ? 0 : whole_start,
+                        has_space ? 0 : whole_end);
   if (err)
     return err;
+  if (has_space)
+    change_allocate_provided (&c, whole_start, whole_end);
   if (head_partial)
     partial[nr_partial++] = e->head;
   if (tail_partial && !(head_partial && e->tail == e->head))
     partial[nr_partial++] = e->tail;
 
-  /* Of these blocks those that are zero stay as they are; the others are written
-   * to, and holes become allocated.
+  /* Of these blocks those that are zero stay as they are, unless they are to have space;
+   * the others are written to, and holes become allocated.
    */
   for (unsigned i = 0; i < nr_partial; ++i)
-    if (change_found (&c, partial[i]) != BLOCK_ZERO)
+    if (space == ZERO_HAS_SPACE || change_found (&c, partial[i]) != BLOCK_ZERO)
       change_allocate (&c, partial[i], partial[i] + bs);
   err = change_prepare (&c, e->offset, e->end);
   for (unsigned i = 0; i < nr_partial && !err; ++i)
     err = zero_edge (&c, e, partial[i]);
-
-  err = change_end (&c, err);
-  if (!err)
-    change_punch (&c);
-  return err;
+  return change_end (&c, err);
 }
 
 int
 blk_zero (struct overlay *o, const struct base *base, enum zero_effort effort,
-          uint32_t count, uint64_t offset, int *err)
+          enum zero_space space, uint32_t count, uint64_t offset, int *err)
 {
   CLEANUP_EDGES struct edges edges = { .bytes = NULL };
   int r;
 
   {
-    HOLD_SHARED (&o->request_lock);
+    HOLD_REQUEST (o);
     edges_look (&edges, o, count, offset);
   }
 
@@ -567,12 +594,16 @@ blk_zero (struct overlay *o, const struct base *base, enum zero_effort effort,
 
   if (edges_read (&edges, o, base, err) == -1)
     return -1;
-  r = zero_blocks (o, &edges);
-  if (r) {
-    *err = blk_error (o, r);
-    return -1;
+  r = zero_blocks (o, &edges, effort, space, LOG_TIDY);
+  if (is_full (r)) {
+    cleaner_round (&o->cleaning);
+    r = zero_blocks (o, &edges, effort, space, LOG_ANY);
   }
-  return 0;
+  if (r == ENOTSUP && effort == ZERO_FAST)
+    *err = r;
+  else if (r)
+    *err = blk_error (o, r);
+  return r ? -1 : 0;
 }
 
 /* Read a run of holes, START .. END-1, into the overlay, in pieces that the
@@ -619,7 +650,7 @@ blk_cache (struct overlay *o, const struct base *base, enum on_cache on_cache,
     int r = 0;
 
     {
-      HOLD_SHARED (&o->request_lock);
+      HOLD_REQUEST (o);
       run = find_run (o, pos, end);
       if (run.state == BLOCK_ALLOCATED)
         store_prefetch (&o->store, run.file_offset, run.length);

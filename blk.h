@@ -50,10 +50,19 @@ enum zero_effort {
   ZERO_FAST, /* ENOTSUP, silently, where it would have to read the base */
 };
 
-/* Make a range read as zeroes; this is what trim does as well. */
+/* What becomes of the space of blocks that a zero covers. */
+enum zero_space {
+  ZERO_GIVES_BACK, /* it is not needed any more */
+  ZERO_HAS_SPACE, /* they have some, so that writing to them cannot fail for want of
+                      * it (NBD_CMD_FLAG_NO_HOLE) */
+};
+
+/* Make a range read as zeroes; this is what trim does as well.  With ZERO_FAST and
+ * ZERO_HAS_SPACE also ENOTSUP, silently, where the space takes time.
+ */
 extern int blk_zero (struct overlay *overlay, const struct base *base,
-                     enum zero_effort effort, uint32_t count, uint64_t offset,
-                     int *err);
+                     enum zero_effort effort, enum zero_space space,
+                     uint32_t count, uint64_t offset, int *err);
 
 /* What a prefetch does with blocks that are holes. */
 enum on_cache {

@@ -789,11 +789,13 @@ cow_zero (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
 {
   const struct handle *h = handle;
   const bool fast = flags & NBDKIT_FLAG_FAST_ZERO;
+  const bool holes = flags & NBDKIT_FLAG_MAY_TRIM;
 
   log_request (h, fast ? "fast zero" : "zero", count, offset,
                fua_text (flags));
-  return blk_zero (overlay_of (h->entry), &h->base,
-                   fast ? ZERO_FAST : ZERO_ANY, count, offset, err);
+  return blk_zero (
+    overlay_of (h->entry), &h->base, fast ? ZERO_FAST : ZERO_ANY,
+    holes ? ZERO_GIVES_BACK : ZERO_HAS_SPACE, count, offset, err);
 }
 
 static int
@@ -803,8 +805,8 @@ cow_trim (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
   const struct handle *h = handle;
 
   log_request (h, "trim", count, offset, fua_text (flags));
-  return blk_zero (overlay_of (h->entry), &h->base, ZERO_ANY, count, offset,
-                   err);
+  return blk_zero (overlay_of (h->entry), &h->base, ZERO_ANY, ZERO_GIVES_BACK,
+                   count, offset, err);
 }
 
 static int

@@ -38,7 +38,8 @@
 enum shape {
   EMPTY,  /* nothing */
   MIXED,  /* blocks in every state, at random */
-  WHOLE,  /* all allocated, 16 slots in one piece of the file */
+  SPREAD, /* the same, and no two blocks lie in a row */
+  WHOLE,  /* all allocated, 16 slots in one piece of the log */
   SPARSE, /* the same for one slot in 8 leaves, else nothing */
 };
 
@@ -108,37 +109,45 @@ now (void)
  * What slots hold
  */
 
-/* A place that no slot has in the beginning. */
-static uint64_t
-fresh_place (uint64_t nr)
+/* What a slot holds: a block that is allocated, BASE + (its number ^ MIX) behind the log's
+ * begin; those of MOVED somewhere else.
+ */
+struct content {
+  uint64_t state;
+  uint32_t base, mix;
+  uint32_t moved, moved_base;
+};
+
+static uint32_t
+address_of (const struct content *c, unsigned block)
 {
-  return (UINT64_C (2) << slot_bits) + nr;
+  return (c->moved >> block & 1 ? c->moved_base : c->base) + (block ^ c->mix);
 }
 
 /* What slot NR holds after UPDATES: a write, a zero, a write, and so on. */
-static struct slot_pair
+static struct content
 content (const struct measure *m, uint64_t nr, uint64_t updates)
 {
   const uint64_t bits = (nr + 1) * UINT64_C (0x9e3779b97f4a7c15);
-  struct slot_pair pair = { .place = 0 };
+  struct content c = { .base = (uint32_t) (nr + 1) * SLOT_BLOCKS };
 
-  if (m->shape == MIXED) {
-    pair.place = nr + 1;
-    pair.state = bitmap_set_zero (bits >> 32, (uint32_t) bits | BLOCKS);
-  }
+  c.moved_base = c.base + (UINT32_C (2) << slot_bits) * SLOT_BLOCKS;
+  c.mix = m->shape == SPREAD ? 3 : 0;
+  if (m->shape == MIXED || m->shape == SPREAD)
+    c.state = bitmap_set_zero (bits >> 32, (uint32_t) bits | BLOCKS);
   else if (m->shape == WHOLE
            || (m->shape == SPARSE && nr % (8 << LEAF_BITS) == 0)) {
-    pair.place = nr + nr / 16 + 1;
-    pair.state = bitmap_set_allocated (0, UINT32_MAX);
+    c.base += (uint32_t) nr / 16 * SLOT_BLOCKS;
+    c.state = bitmap_set_allocated (0, UINT32_MAX);
   }
 
   if (updates > 0) {
-    if (pair.place == 0 || m->how & FROZEN)
-      pair.place = fresh_place (nr);
-    pair.state = updates % 2 ? bitmap_set_allocated (pair.state, BLOCKS)
-                             : bitmap_set_zero (pair.state, BLOCKS);
+    if (m->how & FROZEN)
+      c.moved = BLOCKS;
+    c.state = updates % 2 ? bitmap_set_allocated (c.state, BLOCKS)
+                          : bitmap_set_zero (c.state, BLOCKS);
   }
-  return pair;
+  return c;
 }
 
 static struct slot_pair
@@ -146,13 +155,33 @@ look_up (const struct map *from, uint64_t nr)
 {
   const struct slot *slot = map_find (from, nr);
 
-  return slot ? slot_load (slot) : (struct slot_pair) { .place = 0 };
+  return slot ? slot_load (slot) : (struct slot_pair) { .where = 0 };
+}
+
+/* 0 if the first and the last one of those of BLOCKS that are allocated lie where they
+ * should.
+ */
+static uint64_t
+misplaced (struct slot_pair found, const struct content *c, uint32_t blocks)
+{
+  const uint32_t allocated = bitmap_allocated (found.state) & blocks;
+
+  if (!allocated)
+    return 0;
+  if (!found.where)
+    return 1;
+
+  const unsigned first = (unsigned) __builtin_ctz (allocated);
+  const unsigned last = SLOT_BLOCKS - 1 - (unsigned) __builtin_clz (allocated);
+
+  return (slot_address (found, first) ^ address_of (c, first))
+         | (slot_address (found, last) ^ address_of (c, last));
 }
 
 static uint64_t
-difference (struct slot_pair a, struct slot_pair b)
+difference (struct slot_pair found, const struct content *c)
 {
-  return (a.place ^ b.place) | (a.state ^ b.state);
+  return misplaced (found, c, UINT32_MAX) | (found.state ^ c->state);
 }
 
 /* The I-th slot that a worker takes.  At random, they are a permutation of all. */
@@ -186,17 +215,18 @@ look (struct worker *w)
 
   for (unsigned i = 0; i < CHUNK; ++i) {
     const uint64_t nr = slot_nr (w, w->next + i + astray);
-    const struct slot_pair expected = content (m, nr, 0);
+    const struct content expected = content (m, nr, 0);
 
     if (m->how & LOCKED)
       err |= pthread_rwlock_rdlock (&request_lock);
     const struct slot_pair found = look_up (&map, nr);
+
+    astray = misplaced (found, &expected, ~BLOCKS);
     if (m->how & LOCKED)
       err |= pthread_rwlock_unlock (&request_lock);
 
     const uint64_t differ = found.state ^ expected.state;
 
-    astray = found.place ^ expected.place;
     wrong |= astray | (differ == may_differ ? 0 : differ);
   }
   w->next += CHUNK;
@@ -207,7 +237,33 @@ look (struct worker *w)
   return CHUNK;
 }
 
-/* As change.c does it, but for the slot locks: no two threads have the same slot. */
+/* Give a slot its NEXT content, which differs from the one that is FOUND in BLOCKS, as
+ * change.c does it: those that become allocated, and those that are written to and shared,
+ * get addresses.  Without slot locks: no two threads have the same slot.  False: no memory.
+ */
+static bool
+set_slot (struct slot *slot, uint64_t nr, const struct content *next,
+          uint32_t blocks, struct slot_pair *found)
+{
+  uint32_t to[SLOT_BLOCKS];
+  struct slot_step step
+    = { .found = slot_load (slot), .state = next->state, .to = to };
+  const uint32_t shared = map_shared_blocks (&map, nr, step.found);
+
+  step.fresh = blocks & bitmap_allocated (next->state)
+               & (~bitmap_allocated (step.found.state) | shared);
+  for (uint32_t left = step.fresh; left; left &= left - 1) {
+    const unsigned block = (unsigned) __builtin_ctz (left);
+
+    to[block] = address_of (next, block);
+  }
+  *found = step.found;
+  if (slot_prepare (&map, &step) == -1)
+    return false;
+  slot_store (slot, &step);
+  return true;
+}
+
 static uint64_t
 update (struct worker *w)
 {
@@ -219,24 +275,17 @@ update (struct worker *w)
 
   for (uint64_t i = w->next; i < w->next + count; ++i) {
     const uint64_t nr = slot_nr (w, i + astray), times = i >> w->bits;
-    const struct slot_pair expected = content (m, nr, times);
+    const struct content expected = content (m, nr, times);
+    const struct content next = content (m, nr, times + 1);
     struct slot *slot = map_touch (&map, nr);
+    struct slot_pair found;
 
-    if (!slot) {
+    if (!slot || !set_slot (slot, nr, &next, BLOCKS, &found)) {
       w->failure = "out of memory for the map";
       return 0;
     }
-    const struct slot_pair found = slot_load (slot);
-    struct slot_pair pair = found;
-
-    if (found.place == 0 || map_is_shared (&map, nr, found.place))
-      pair.place = fresh_place (nr);
-    pair.state = times % 2 ? bitmap_set_zero (found.state, BLOCKS)
-                           : bitmap_set_allocated (found.state, BLOCKS);
-    slot_store (slot, pair);
-
-    astray = found.place ^ expected.place;
-    wrong |= difference (found, expected);
+    astray = misplaced (found, &expected, UINT32_MAX);
+    wrong |= astray | (found.state ^ expected.state);
   }
   w->next += count;
   if (wrong)
@@ -258,32 +307,36 @@ static uint64_t
 find_run (uint64_t pos, uint64_t end, enum block_state *state)
 {
   const uint64_t begin = pos;
-  uint64_t file_begin = 0;
+  uint64_t log_begin = 0;
 
   while (pos < end) {
     const uint64_t nr = pos / SLOT_BLOCKS;
     const struct slot *slot = map_find (&map, nr);
     enum block_state here = BLOCK_HOLE;
-    uint64_t file_pos = 0, piece_end;
+    uint32_t address = 0;
+    uint64_t piece_end;
 
     if (slot) {
       const struct slot_pair pair = slot_load (slot);
       const unsigned block = pos % SLOT_BLOCKS;
 
+      unsigned count = bitmap_run (pair.state, block);
+
       here = bitmap_state (pair.state, block);
-      file_pos = pair.place * SLOT_BLOCKS + block;
-      piece_end = pos + bitmap_run (pair.state, block);
+      if (here == BLOCK_ALLOCATED)
+        count = slot_in_row (pair, block, count, &address);
+      piece_end = pos + count;
     }
     else
       piece_end = map_next (&map, nr) * SLOT_BLOCKS;
 
     if (pos == begin) {
       *state = here;
-      file_begin = file_pos;
+      log_begin = address;
     }
     else if (here != *state
              || (here == BLOCK_ALLOCATED
-                 && file_pos != file_begin + (pos - begin)))
+                 && address != log_begin + (pos - begin)))
       break;
     pos = MIN (piece_end, end);
   }
@@ -320,10 +373,12 @@ updates_are_right (const struct worker *w)
   for (uint64_t i = 0; i < count; ++i) {
     const uint64_t nr = slot_nr (w, i);
     const uint64_t times = w->next / count + (i < w->next % count);
+    const struct content now = content (m, nr, times);
+    const struct content before = content (m, nr, 0);
 
-    wrong |= difference (look_up (&map, nr), content (m, nr, times));
+    wrong |= difference (look_up (&map, nr), &now);
     if (m->how & FROZEN)
-      wrong |= difference (look_up (&frozen.map, nr), content (m, nr, 0));
+      wrong |= difference (look_up (&frozen.map, nr), &before);
   }
   return !wrong;
 }
@@ -334,11 +389,14 @@ static const struct measure measures[] = {
   { "lookup in sequence, request lock", look, MIXED, 0, LOCKED },
   { "lookup at random, request lock", look, MIXED, 0, AT_RANDOM | LOCKED },
   { "lookup at random beside updates", look, MIXED, 0, AT_RANDOM | BESIDE },
+  { "lookup at random, spread", look, SPREAD, 0, AT_RANDOM },
   { "run of a block or two", walk, MIXED, REQUEST_BITS, 0 },
+  { "run of a block or two, spread", walk, SPREAD, REQUEST_BITS, 0 },
   { "run of 16 slots", walk, WHOLE, REQUEST_BITS, 0 },
   { "run in a sparse map", walk, SPARSE, REQUEST_BITS, 0 },
   { "update in sequence", update, MIXED, 0, 0 },
   { "update at random", update, MIXED, 0, AT_RANDOM },
+  { "update at random, spread", update, SPREAD, 0, AT_RANDOM },
   { "update in sequence, new map", update, EMPTY, 0, 0 },
   { "update that makes a node", update, EMPTY, LEAF_BITS, AT_RANDOM },
   { "update in sequence, after a freeze", update, MIXED, 0, FROZEN },
@@ -357,13 +415,14 @@ make_map (const struct measure *m)
   malloc_trim (0);
   map_init (&map, UINT64_C (1) << slot_bits);
   for (uint64_t nr = 0; nr < map.nr_slots; ++nr) {
-    const struct slot_pair pair = content (m, nr, 0);
+    const struct content c = content (m, nr, 0);
 
-    if (pair.place) {
+    if (c.state) {
       struct slot *slot = map_touch (&map, nr);
+      struct slot_pair found;
 
-      require (slot != NULL, "out of memory for the map");
-      slot_store (slot, pair);
+      require (slot && set_slot (slot, nr, &c, UINT32_MAX, &found),
+               "out of memory for the map");
     }
   }
   if (m->how & FROZEN)
@@ -433,7 +492,7 @@ run_once (const struct measure *m, unsigned nr_threads)
 
   if (m->how & FROZEN) {
     map_unlink (&map, &frozen);
-    map_release (&frozen, NULL);
+    map_release (&frozen);
   }
   map_destroy (&map);
   return (double) nr_ops * 1000 / (double) (end - begin);

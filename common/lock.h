@@ -23,15 +23,18 @@ enum lock_rank {
   RANK_SET,   /* of the set of overlays; no other one is taken under it */
   RANK_ENTRY, /* of one overlay in the set */
   RANK_PLAN,  /* of a view, while its image is planned */
+  RANK_ROUND, /* of the cleaner, on one overlay */
   RANK_RELEASE, /* this and those that follow are taken by operations on an overlay */
   RANK_SLOT,
   RANK_REQUEST,
   RANK_VIEW,
   RANK_NODE,
+  RANK_DEAD,
   RANK_TABLES,
-  RANK_PLACES,
+  RANK_LOG,
   RANK_STORE,
   RANK_WRITE_BACK,
+  RANK_CLEANER,
   RANK_FILE_LOCKS,
   NR_RANKS,
 };

@@ -268,9 +268,9 @@ qcow2_encode_header (void *cluster, const struct qcow2_geometry *g,
 }
 
 uint64_t
-qcow2_l1_entry (uint64_t offset)
+qcow2_l1_entry (uint64_t offset, uint64_t refcount)
 {
-  return htobe64 (offset | ENTRY_COPIED);
+  return htobe64 (offset | (refcount == 1 ? ENTRY_COPIED : 0));
 }
 
 uint64_t
@@ -280,22 +280,15 @@ qcow2_reftable_entry (uint64_t offset)
 }
 
 void
-qcow2_encode_slot (const struct qcow2_geometry *g, void *table, uint64_t index,
-                   uint64_t state, uint64_t offset, enum qcow2_packing packing)
+qcow2_encode_scattered (void *table, uint64_t index, uint64_t state,
+                        const uint64_t offsets[SLOT_BLOCKS])
 {
-  if (g->format == QCOW2_EXTENDED) {
-    put64 (table, index * 16,
-           bitmap_allocated (state) ? offset | ENTRY_COPIED : 0);
-    put64 (table, index * 16 + 8, state);
-    return;
-  }
-
   for (unsigned block = 0; block < SLOT_BLOCKS; ++block) {
     uint64_t entry = 0;
 
     switch (bitmap_state (state, block)) {
     case BLOCK_ALLOCATED:
-      entry = offset | ENTRY_COPIED;
+      entry = offsets[block] | ENTRY_COPIED;
       break;
     case BLOCK_ZERO:
       entry = ENTRY_ZERO;
@@ -304,10 +297,34 @@ qcow2_encode_slot (const struct qcow2_geometry *g, void *table, uint64_t index,
       break;
     }
     put64 (table, (index * SLOT_BLOCKS + block) * 8, entry);
-    if (packing == QCOW2_SPACED
-        || bitmap_state (state, block) == BLOCK_ALLOCATED)
+  }
+}
+
+void
+qcow2_encode_slot (const struct qcow2_geometry *g, void *table, uint64_t index,
+                   uint64_t state, uint64_t offset)
+{
+  uint64_t offsets[SLOT_BLOCKS];
+
+  if (g->format == QCOW2_EXTENDED) {
+    put64 (table, index * 16,
+           bitmap_allocated (state) ? offset | ENTRY_COPIED : 0);
+    put64 (table, index * 16 + 8, state);
+    return;
+  }
+  for (unsigned block = 0; block < SLOT_BLOCKS; ++block) {
+    offsets[block] = offset;
+    if (bitmap_state (state, block) == BLOCK_ALLOCATED)
       offset += g->block_size;
   }
+  qcow2_encode_scattered (table, index, state, offsets);
+}
+
+void
+qcow2_encode_zero_table (const struct qcow2_geometry *g, void *table)
+{
+  for (uint64_t i = 0; i < g->slots_per_l2; ++i)
+    qcow2_encode_slot (g, table, i, bitmap_set_zero (0, UINT32_MAX), 0);
 }
 
 /*----------------------------------------------------------------------

@@ -25,6 +25,9 @@
 #define QCOW2_MAX_L1_SIZE (UINT64_C (32) << 20)
 #define QCOW2_MAX_REFTABLE_SIZE (UINT64_C (8) << 20)
 
+/* Refcounts have 16 bits. */
+#define QCOW2_MAX_REFCOUNT UINT64_C (65535)
+
 /* Some readers refuse files that are shorter. */
 #define QCOW2_MIN_FILE_SIZE (UINT64_C (192) << 10)
 
@@ -130,28 +133,30 @@ struct qcow2_layout {
 extern int qcow2_encode_header (void *cluster, const struct qcow2_geometry *g,
                                 const struct qcow2_layout *layout);
 
-/* An entry of the L1 table, big-endian, for an L2 table at OFFSET ("L1 table
- * entry").  Entries of a refcount table are just big-endian offsets.
+/* An entry of the L1 table, big-endian, for an L2 table at OFFSET that has so many
+ * references ("L1 table entry").  Entries of a refcount table are just big-endian
+ * offsets.
  */
-extern uint64_t qcow2_l1_entry (uint64_t offset);
+extern uint64_t qcow2_l1_entry (uint64_t offset, uint64_t refcount);
 extern uint64_t qcow2_reftable_entry (uint64_t offset);
 
-/* How the blocks of a slot lie in the file. */
-enum qcow2_packing {
-  QCOW2_SPACED, /* each at its own place in the slot, also those that are not
-                 * allocated */
-  QCOW2_PACKED, /* only the allocated ones, one behind the other.  (In an extended
-                 * image a cluster is one piece all the same.) */
-};
-
 /* Write the L2 entries of the slot that is number INDEX of those that the L2
- * TABLE (a cluster) describes.  The blocks have the states of STATE and lie in
- * the file from OFFSET on ("Standard Cluster Descriptor", "Extended L2
- * Entries").
+ * TABLE (a cluster) describes.  The blocks have the states of STATE.  Those that are
+ * allocated lie in the file one behind the other from OFFSET on; in an extended image the
+ * whole slot does ("Standard Cluster Descriptor", "Extended L2 Entries").
  */
 extern void qcow2_encode_slot (const struct qcow2_geometry *g, void *table,
-                               uint64_t index, uint64_t state, uint64_t offset,
-                               enum qcow2_packing packing);
+                               uint64_t index, uint64_t state,
+                               uint64_t offset);
+
+/* The same of an image that is not extended, where the allocated blocks lie at OFFSETS. */
+extern void qcow2_encode_scattered (void *table, uint64_t index,
+                                    uint64_t state,
+                                    const uint64_t offsets[SLOT_BLOCKS]);
+
+/* Make an L2 TABLE all of whose clusters are zero. */
+extern void qcow2_encode_zero_table (const struct qcow2_geometry *g,
+                                     void *table);
 
 /*----------------------------------------------------------------------
  * Decoding.  Nothing that is read from a file is believed before it was checked.

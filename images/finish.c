@@ -3,7 +3,8 @@
 /* An overlay file becomes an image where it lies (see finish.h).
  *
  * Clusters lie where the overlay put them, and tables where tables.c has space for them.
- * Refcounts are collected in a bitmap of the file, as each is 0 or 1.
+ * Refcounts are collected in a bitmap of the file, as each is 0 or 1, but for those of L2
+ * tables that are all zero: there is one for many entries of the L1 table.
  *
  * Knows the format, the map and the file, but no locks, exports, or names.
  */
@@ -56,16 +57,35 @@ writer_append (struct writer *w, size_t count, uint64_t offset)
   return w->buf + (w->used - count);
 }
 
-/* A bit for each cluster of the file that is in use. */
-struct used {
-  uint64_t *words;
-  uint64_t nr_words;
-  uint64_t end; /* of the last one in use, in clusters */
+/* An L2 table all of which is zero, and entries of the L1 table that refer to it. */
+struct zero_table {
+  uint64_t offset;
+  uint64_t first; /* one of them */
+  uint64_t count; /* how many there are */
 };
 
+/* As many as the largest L1 table needs. */
+#define MAX_ZERO_TABLES (QCOW2_MAX_L1_SIZE / 8 / QCOW2_MAX_REFCOUNT + 1)
+
+/* The image that is being made of an overlay file. */
+struct finish {
+  const struct image_source *s;
+  struct tables *tables;
+  struct writer writer;
+  struct image_used used;
+  uint64_t nr_clusters; /* up to the last one that is used */
+  uint64_t *l1;         /* big-endian */
+  uint64_t *reftable;   /* big-endian */
+  uint64_t nr_refcount_blocks;
+  struct zero_table zero_tables[MAX_ZERO_TABLES]; /* the last one has room */
+  unsigned nr_zero_tables;
+};
+
+/* COUNT clusters from FIRST on are in use. */
 static int
-mark_used (struct used *u, uint64_t first, uint64_t count)
+mark_used (struct finish *f, uint64_t first, uint64_t count)
 {
+  struct image_used *u = &f->used;
   const uint64_t needed = (first + count) / 64 + 1;
 
   if (needed > u->nr_words) {
@@ -80,55 +100,36 @@ mark_used (struct used *u, uint64_t first, uint64_t count)
   }
   for (uint64_t i = first; i < first + count; ++i)
     u->words[i / 64] |= UINT64_C (1) << i % 64;
-  u->end = MAX (u->end, first + count);
+  f->nr_clusters = MAX (f->nr_clusters, first + count);
   return 0;
 }
-
-static bool
-is_used (const struct used *u, uint64_t nr)
-{
-  return nr / 64 < u->nr_words && (u->words[nr / 64] >> nr % 64 & 1);
-}
-
-/* The image that is being made of an overlay file. */
-struct finish {
-  const struct image_source *s;
-  struct tables *tables;
-  struct writer writer;
-  struct used used;
-  uint64_t *l1;       /* big-endian */
-  uint64_t *reftable; /* big-endian */
-  uint64_t nr_refcount_blocks;
-};
 
 static int
 mark_bytes (struct finish *f, uint64_t offset, uint64_t size)
 {
   const struct qcow2_geometry *g = &f->s->geometry;
 
-  return mark_used (&f->used, offset / g->cluster_size,
-                    qcow2_clusters (g, size));
+  return mark_used (f, offset / g->cluster_size, qcow2_clusters (g, size));
 }
 
-/* Mark the data clusters of a slot. */
+/* Mark the data clusters of a slot, and say where they lie.  A block is a cluster. */
 static int
-mark_slot (struct finish *f, struct slot_pair pair)
+mark_slot (struct finish *f, struct slot_pair pair,
+           uint64_t offsets[SLOT_BLOCKS])
 {
-  const struct qcow2_geometry *g = &f->s->geometry;
-  const uint64_t offset = pair.place * slot_size (f->s);
-  uint32_t blocks = bitmap_allocated (pair.state);
+  uint32_t left = bitmap_allocated (pair.state);
 
-  if (blocks && g->format == QCOW2_EXTENDED)
-    return mark_bytes (f, offset, g->cluster_size);
-  while (blocks) {
-    const unsigned first = (unsigned) __builtin_ctz (blocks);
-    const unsigned count = bitmap_run_of_ones (blocks, first);
+  while (left) {
+    const unsigned first = (unsigned) __builtin_ctz (left);
+    uint32_t address;
+    const unsigned count
+      = slot_in_row (pair, first, bitmap_run_of_ones (left, first), &address);
 
-    if (mark_bytes (f, offset + (uint64_t) first * g->block_size,
-                    (uint64_t) count * g->block_size)
-        == -1)
+    for (unsigned i = 0; i < count; ++i)
+      offsets[first + i] = address_offset (f->s, address + i);
+    if (mark_used (f, address, count) == -1)
       return -1;
-    blocks &= ~bitmap_mask (first, count);
+    left &= ~bitmap_mask (first, count);
   }
   return 0;
 }
@@ -142,6 +143,39 @@ take_cluster (struct finish *f, uint64_t *offset)
   return mark_bytes (f, *offset, f->s->geometry.cluster_size);
 }
 
+/* A cluster for an L2 table, at *OFFSET of the file.  It is to be filled in; NULL and
+ * errno.
+ */
+static void *
+add_l2_table (struct finish *f, uint64_t *offset)
+{
+  if (take_cluster (f, offset) == -1)
+    return NULL;
+  return writer_append (&f->writer, f->s->geometry.cluster_size, *offset);
+}
+
+/* All of the L2 table numbered L2 is zero. */
+static int
+refer_to_zero_table (struct finish *f, uint64_t l2)
+{
+  struct zero_table *z = &f->zero_tables[MAX (f->nr_zero_tables, 1) - 1];
+
+  if (f->nr_zero_tables == 0 || z->count == QCOW2_MAX_REFCOUNT) {
+    uint64_t offset;
+    void *table = add_l2_table (f, &offset);
+
+    if (!table)
+      return -1;
+    qcow2_encode_zero_table (&f->s->geometry, table);
+    z = &f->zero_tables[f->nr_zero_tables++];
+    *z = (struct zero_table) { .offset = offset, .first = l2 };
+  }
+  z->count++;
+  f->l1[l2]
+    = qcow2_l1_entry (z->offset, 2); /* or more, for all that is known */
+  return 0;
+}
+
 /* Write the L2 table of the slots from NR on.  SLOT is that of slot NR. */
 static int
 finish_l2_table (struct finish *f, uint64_t nr, struct image_slot slot)
@@ -152,19 +186,22 @@ finish_l2_table (struct finish *f, uint64_t nr, struct image_slot slot)
   uint64_t offset;
   void *table;
 
-  if (take_cluster (f, &offset) == -1)
-    return -1;
-  table = writer_append (&f->writer, g->cluster_size, offset);
+  if (is_zero_table (f->s, l2))
+    return refer_to_zero_table (f, l2);
+
+  table = add_l2_table (f, &offset);
   if (!table)
     return -1;
   memset (table, 0, g->cluster_size);
-  f->l1[l2] = qcow2_l1_entry (offset);
+  f->l1[l2] = qcow2_l1_entry (offset, 1);
 
   while (nr < end) {
-    qcow2_encode_slot (g, table, nr % g->slots_per_l2, slot.pair.state,
-                       slot.pair.place * slot_size (f->s), QCOW2_SPACED);
-    if (mark_slot (f, slot.pair) == -1)
+    uint64_t offsets[SLOT_BLOCKS];
+
+    if (mark_slot (f, slot.pair, offsets) == -1)
       return -1;
+    qcow2_encode_scattered (table, nr % g->slots_per_l2, slot.pair.state,
+                            offsets);
     nr = next_slot (f->s, nr + 1, end, &slot);
   }
   return 0;
@@ -183,6 +220,11 @@ finish_l2_tables (struct finish *f)
     nr = next_slot (f->s, l2_end (f->s, nr / f->s->geometry.slots_per_l2),
                     nr_slots, &slot);
   }
+  for (unsigned i = 0; i < f->nr_zero_tables; ++i) {
+    const struct zero_table *z = &f->zero_tables[i];
+
+    f->l1[z->first] = qcow2_l1_entry (z->offset, z->count);
+  }
   return 0;
 }
 
@@ -190,7 +232,7 @@ finish_l2_tables (struct finish *f)
 static uint64_t
 end_of_used (const struct finish *f)
 {
-  return f->used.end * f->s->geometry.cluster_size;
+  return f->nr_clusters * f->s->geometry.cluster_size;
 }
 
 /* Take a refcount block, which the refcount table has another entry for. */
@@ -228,6 +270,12 @@ take_refcounts (struct finish *f)
   return 0;
 }
 
+static bool
+is_used (const struct image_used *u, uint64_t nr)
+{
+  return nr / 64 < u->nr_words && (u->words[nr / 64] >> nr % 64 & 1);
+}
+
 static int
 finish_refcount_blocks (struct finish *f)
 {
@@ -242,14 +290,21 @@ finish_refcount_blocks (struct finish *f)
       return -1;
     for (uint64_t j = 0; j < per_block; ++j)
       block[j] = htobe16 (is_used (&f->used, i * per_block + j));
+    for (unsigned j = 0; j < f->nr_zero_tables; ++j) {
+      const struct zero_table *z = &f->zero_tables[j];
+      const uint64_t nr = z->offset / g->cluster_size;
+
+      if (nr / per_block == i)
+        block[nr % per_block] = htobe16 ((uint16_t) z->count);
+    }
   }
   return 0;
 }
 
-/* Write those pages of TABLE that hold anything.  The others are holes. */
+/* Write those pages of TABLE that hold anything.  In the head, the others are holes. */
 static int
 finish_table (struct finish *f, const uint64_t *table, uint64_t entries,
-              uint64_t offset)
+              uint64_t offset, bool in_head)
 {
   const uint64_t per_page = 512;
 
@@ -259,7 +314,7 @@ finish_table (struct finish *f, const uint64_t *table, uint64_t entries,
 
     for (uint64_t j = 0; j < count; ++j)
       any |= table[i + j];
-    if (any) {
+    if (any || !in_head) {
       void *page = writer_append (&f->writer, count * 8, offset + i * 8);
 
       if (!page)
@@ -268,6 +323,23 @@ finish_table (struct finish *f, const uint64_t *table, uint64_t entries,
     }
   }
   return 0;
+}
+
+/* The refcount table.  Where it is not in the head, anything may be behind its last
+ * entry.
+ */
+static int
+finish_reftable (struct finish *f)
+{
+  const struct qcow2_geometry *g = &f->s->geometry;
+  const bool in_head = f->tables->reftable_row.count == 0;
+  const uint64_t size = f->nr_refcount_blocks * 8;
+
+  return finish_table (f, f->reftable,
+                       in_head
+                         ? f->nr_refcount_blocks
+                         : qcow2_clusters (g, size) * g->cluster_size / 8,
+                       f->tables->reftable_offset, in_head);
 }
 
 static int
@@ -297,21 +369,15 @@ finish_header (struct finish *f)
   return store_writev (f->s->store, &iov, 1, 0);
 }
 
-static uint64_t
-end_of_image (const struct finish *f)
-{
-  return MAX (end_of_used (f), QCOW2_MIN_FILE_SIZE);
-}
-
-/* Its end may be a hole. */
+/* The end of the image may be a hole.  What the log was made longer ahead of its use is
+ * one.
+ */
 static int
-extend_file (const struct store *store, uint64_t end)
+set_file_size (struct finish *f)
 {
-  uint64_t size;
-
-  if (store_size (store, &size) == -1)
-    return -1;
-  return size < end ? store_truncate (store, end) : 0;
+  f->used.end = MAX (end_of_used (f), QCOW2_MIN_FILE_SIZE);
+  return store_truncate (f->s->store,
+                         MAX (f->used.end, log_end (f->tables->log)));
 }
 
 static int
@@ -327,20 +393,16 @@ finish_all (struct finish *f)
     return -1;
 
   if (finish_refcount_blocks (f) == -1
-      || finish_table (f, f->l1, g->l1_entries, t->l1_offset) == -1
-      || finish_table (f, f->reftable, f->nr_refcount_blocks,
-                       t->reftable_offset)
-           == -1
-      || writer_flush (&f->writer) == -1 || finish_header (f) == -1
-      || extend_file (f->s->store, end_of_image (f)) == -1)
+      || finish_table (f, f->l1, g->l1_entries, t->l1_offset, true) == -1
+      || finish_reftable (f) == -1 || writer_flush (&f->writer) == -1
+      || finish_header (f) == -1 || set_file_size (f) == -1)
     return -1;
-  tables_give_back (f->tables);
   return 0;
 }
 
 int
 image_finish (const struct image_source *source, struct tables *tables,
-              uint64_t *end)
+              struct image_used *used)
 {
   const struct qcow2_geometry *g = &source->geometry;
   struct finish f = {
@@ -357,10 +419,12 @@ image_finish (const struct image_source *source, struct tables *tables,
   f.l1 = calloc (g->l1_entries, sizeof *f.l1);
   if (f.writer.buf && f.l1)
     r = finish_all (&f);
-  *end = end_of_image (&f);
 
   const int err = errno;
-  free (f.used.words);
+  if (r == 0)
+    *used = f.used;
+  else
+    free (f.used.words);
   free (f.reftable);
   free (f.l1);
   free (f.writer.buf);

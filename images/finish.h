@@ -6,13 +6,15 @@
 #define COW_FINISH_H
 
 #include "images/source.h"
+#include "overlay/giveback.h"
 #include "overlay/tables.h"
 
-/* Make the overlay file of SOURCE, which is laid out by TABLES, into an image,
- * complete but not synced.  Nothing of the data is moved.  The image ends at *END,
- * where the file may be cut off.  -1 and errno; then the overlay can still be read.
+/* Make the overlay file of SOURCE, which is laid out by TABLES and not extended, into an
+ * image, complete but not synced.  Nothing of the data is moved.  *USED says what the image
+ * uses, and where it ends; the caller frees its words.  -1 and errno; then the overlay can
+ * still be read, and there are no words.
  */
 extern int image_finish (const struct image_source *source,
-                         struct tables *tables, uint64_t *end);
+                         struct tables *tables, struct image_used *used);
 
 #endif /* COW_FINISH_H */

@@ -8,7 +8,9 @@
  *
  * All clusters are in use but for what pads a short file.  The plan has 16 bytes
  * for each L2 table: which one it is, and how many data clusters come before its
- * own.  Everything else follows from the map when it is read.
+ * own.  Of those that are all zero it has where they begin and end; a few that come behind
+ * the others are in the place of all of them.  Everything else follows from the map when
+ * it is read.
  *
  * Knows the format and the map, but no file, locks, exports, or names.
  */
@@ -24,16 +26,25 @@
 #include "common/cleanup.h"
 #include "images/image.h"
 
-/* An L2 table with an entry that is no hole. */
+/* An L2 table with an entry that is no hole, but not all zero. */
 struct image_l2 {
   uint64_t nr;          /* in the L1 table */
   uint64_t data_before; /* data clusters of the tables before it */
+};
+
+/* L2 tables that are all zero, and follow each other. */
+struct image_zeroes {
+  uint64_t nr, end; /* in the L1 table */
+  uint64_t before;  /* how many come before them */
 };
 
 struct image {
   struct image_source s;
   struct image_l2 *l2s; /* in the order of the disk */
   uint64_t nr_l2, max_l2;
+  struct image_zeroes *zeroes; /* the same */
+  uint64_t nr_zeroes, max_zeroes;
+  uint64_t nr_zero;      /* L2 tables in them */
   uint64_t nr_data;      /* data clusters */
   uint64_t nr_blocks;    /* refcount blocks */
   uint64_t nr_clusters;  /* all that are in use */
@@ -42,20 +53,52 @@ struct image {
   char *header; /* a cluster */
 };
 
+/* An array of elements of SIZE bytes, of which NR are used and *MAX are there, with room
+ * for one more.  NULL and ENOMEM.
+ */
+static void *
+have_room (void *array, uint64_t nr, uint64_t *max, size_t size)
+{
+  const uint64_t wanted = nr ? 2 * nr : 16;
+
+  if (nr < *max)
+    return array;
+  array = realloc (array, wanted * size);
+  if (array)
+    *max = wanted;
+  return array;
+}
+
 static int
 plan_l2_table (struct image *im, uint64_t nr)
 {
-  if (im->nr_l2 == im->max_l2) {
-    const uint64_t max = im->max_l2 ? 2 * im->max_l2 : 16;
-    struct image_l2 *l2s = realloc (im->l2s, max * sizeof *l2s);
+  struct image_l2 *l2s
+    = have_room (im->l2s, im->nr_l2, &im->max_l2, sizeof *l2s);
 
-    if (!l2s)
-      return -1;
-    im->l2s = l2s;
-    im->max_l2 = max;
-  }
+  if (!l2s)
+    return -1;
+  im->l2s = l2s;
   im->l2s[im->nr_l2++]
     = (struct image_l2) { .nr = nr, .data_before = im->nr_data };
+  return 0;
+}
+
+static int
+plan_zero_table (struct image *im, uint64_t nr)
+{
+  struct image_zeroes *zeroes
+    = have_room (im->zeroes, im->nr_zeroes, &im->max_zeroes, sizeof *zeroes);
+
+  if (!zeroes)
+    return -1;
+  im->zeroes = zeroes;
+  if (im->nr_zeroes > 0 && zeroes[im->nr_zeroes - 1].end == nr)
+    zeroes[im->nr_zeroes - 1].end++;
+  else
+    zeroes[im->nr_zeroes++] = (struct image_zeroes) { .nr = nr,
+                                                      .end = nr + 1,
+                                                      .before = im->nr_zero };
+  im->nr_zero++;
   return 0;
 }
 
@@ -67,11 +110,17 @@ plan_data (struct image *im)
   struct image_slot slot;
   uint64_t count;
 
-  im->nr_l2 = im->nr_data = 0;
+  im->nr_l2 = im->nr_zeroes = im->nr_zero = im->nr_data = 0;
   for (uint64_t nr = next_slot (&im->s, 0, nr_slots, &slot); nr < nr_slots;
        nr = next_slot (&im->s, nr + count, nr_slots, &slot)) {
     const uint64_t l2 = nr / g->slots_per_l2;
 
+    if (nr % g->slots_per_l2 == 0 && is_zero_table (&im->s, l2)) {
+      if (plan_zero_table (im, l2) == -1)
+        return -1;
+      count = g->slots_per_l2;
+      continue;
+    }
     if ((im->nr_l2 == 0 || im->l2s[im->nr_l2 - 1].nr != l2)
         && plan_l2_table (im, l2) == -1)
       return -1;
@@ -79,6 +128,20 @@ plan_data (struct image *im)
     im->nr_data += count * qcow2_data_clusters (g, slot.pair.state);
   }
   return 0;
+}
+
+/* The clusters in the place of those L2 tables that are all zero. */
+static uint64_t
+nr_zero_clusters (const struct image *im)
+{
+  return (im->nr_zero + QCOW2_MAX_REFCOUNT - 1) / QCOW2_MAX_REFCOUNT;
+}
+
+/* How many of these tables number NR of these clusters is in the place of. */
+static uint64_t
+zero_refcount (const struct image *im, uint64_t nr)
+{
+  return MIN (im->nr_zero - nr * QCOW2_MAX_REFCOUNT, QCOW2_MAX_REFCOUNT);
 }
 
 static uint64_t
@@ -100,14 +163,14 @@ plan_parts (struct image *im)
   do {
     im->nr_blocks++;
     im->nr_clusters = 1 + reftable_clusters (im) + im->nr_blocks + l1_clusters
-                      + im->nr_l2 + im->nr_data;
+                      + im->nr_l2 + nr_zero_clusters (im) + im->nr_data;
     im->nr_blocks = MAX (im->nr_blocks, im->nr_clusters / per_block);
   } while (im->nr_blocks * per_block < im->nr_clusters);
 
   im->blocks_start = 1 + reftable_clusters (im);
   im->l1_start = im->blocks_start + im->nr_blocks;
   im->l2_start = im->l1_start + l1_clusters;
-  im->data_start = im->l2_start + im->nr_l2;
+  im->data_start = im->l2_start + im->nr_l2 + nr_zero_clusters (im);
   return im->nr_blocks * 8 <= QCOW2_MAX_REFTABLE_SIZE
          && im->nr_clusters <= INT64_MAX / g->cluster_size;
 }
@@ -181,6 +244,7 @@ image_free (struct image *im)
   if (!im)
     return;
   free (im->header);
+  free (im->zeroes);
   free (im->l2s);
   free (im);
 }
@@ -225,9 +289,13 @@ static void
 read_refcounts (const struct image *im, char *buf, uint64_t start,
                 uint64_t count)
 {
-  for (uint64_t i = start / 2; i * 2 < start + count; ++i) {
-    const uint16_t refcount = htobe16 (i < im->nr_clusters);
+  const uint64_t first_zero = im->l2_start + im->nr_l2;
 
+  for (uint64_t i = start / 2; i * 2 < start + count; ++i) {
+    uint16_t refcount = htobe16 (i < im->nr_clusters);
+
+    if (i >= first_zero && i < im->data_start)
+      refcount = htobe16 ((uint16_t) zero_refcount (im, i - first_zero));
     copy_entry (&refcount, 2, i, buf, start, count);
   }
 }
@@ -249,6 +317,34 @@ find_l2_by_nr (const struct image *im, uint64_t nr)
   return low;
 }
 
+/* The index in zeroes of the first ones that end behind NR. */
+static uint64_t
+find_zeroes (const struct image *im, uint64_t nr)
+{
+  uint64_t low = 0, high = im->nr_zeroes;
+
+  while (low < high) {
+    const uint64_t middle = low + (high - low) / 2;
+
+    if (im->zeroes[middle].end <= nr)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+/* The entry of the L1 table for number NR of the L2 tables that are all zero. */
+static uint64_t
+zero_l1_entry (const struct image *im, uint64_t nr)
+{
+  const uint64_t cluster = nr / QCOW2_MAX_REFCOUNT;
+
+  return qcow2_l1_entry ((im->l2_start + im->nr_l2 + cluster)
+                           * im->s.geometry.cluster_size,
+                         zero_refcount (im, cluster));
+}
+
 static void
 read_l1 (const struct image *im, char *buf, uint64_t start, uint64_t count)
 {
@@ -256,9 +352,20 @@ read_l1 (const struct image *im, char *buf, uint64_t start, uint64_t count)
   for (uint64_t i = find_l2_by_nr (im, start / 8);
        i < im->nr_l2 && im->l2s[i].nr * 8 < start + count; ++i) {
     const uint64_t entry
-      = qcow2_l1_entry ((im->l2_start + i) * im->s.geometry.cluster_size);
+      = qcow2_l1_entry ((im->l2_start + i) * im->s.geometry.cluster_size, 1);
 
     copy_entry (&entry, 8, im->l2s[i].nr, buf, start, count);
+  }
+  for (uint64_t i = find_zeroes (im, start / 8);
+       i < im->nr_zeroes && im->zeroes[i].nr * 8 < start + count; ++i) {
+    const struct image_zeroes *z = &im->zeroes[i];
+
+    for (uint64_t nr = MAX (z->nr, start / 8);
+         nr < z->end && nr * 8 < start + count; ++nr) {
+      const uint64_t entry = zero_l1_entry (im, z->before + (nr - z->nr));
+
+      copy_entry (&entry, 8, nr, buf, start, count);
+    }
   }
 }
 
@@ -276,8 +383,8 @@ encode_l2_table (const struct image *im, uint64_t i, void *table)
   for (uint64_t nr
        = next_slot (&im->s, im->l2s[i].nr * g->slots_per_l2, end, &slot);
        nr < end; nr = next_slot (&im->s, nr + 1, end, &slot)) {
-    qcow2_encode_slot (g, table, nr % g->slots_per_l2, slot.pair.state, offset,
-                       QCOW2_PACKED);
+    qcow2_encode_slot (g, table, nr % g->slots_per_l2, slot.pair.state,
+                       offset);
     offset
       += (uint64_t) qcow2_data_clusters (g, slot.pair.state) * g->cluster_size;
   }
@@ -292,7 +399,10 @@ read_l2 (const struct image *im, char *buf, uint64_t start, uint64_t count)
   if (!table)
     return -1;
   for (uint64_t i = start / cluster; i * cluster < start + count; ++i) {
-    encode_l2_table (im, i, table);
+    if (i < im->nr_l2)
+      encode_l2_table (im, i, table);
+    else
+      qcow2_encode_zero_table (&im->s.geometry, table);
     copy_entry (table, cluster, i, buf, start, count);
   }
   return 0;
@@ -397,14 +507,16 @@ next_data_slot (struct data_read *d, uint64_t nr,
   if (!(in_file | in_base))
     return 0;
   for (unsigned block = 0, run; block < SLOT_BLOCKS; block += run) {
-    const uint64_t in_slot = block * bs;
     int r = 0;
 
-    if ((run = bitmap_run_of_ones (in_file, block)) > 0)
-      r = next_piece (d, IN_FILE, slot->pair.place * slot_size (s) + in_slot,
-                      run * bs);
+    if ((run = bitmap_run_of_ones (in_file, block)) > 0) {
+      uint32_t address;
+
+      run = slot_in_row (slot->pair, block, run, &address);
+      r = next_piece (d, IN_FILE, address_offset (s, address), run * bs);
+    }
     else if ((run = bitmap_run_of_ones (in_base, block)) > 0)
-      r = next_piece (d, IN_BASE, nr * slot_size (s) + in_slot, run * bs);
+      r = next_piece (d, IN_BASE, nr * slot_size (s) + block * bs, run * bs);
     else {
       run = bitmap_run_of_ones (~(in_file | in_base), block);
       if (s->geometry.format == QCOW2_EXTENDED)
@@ -416,39 +528,49 @@ next_data_slot (struct data_read *d, uint64_t nr,
   return 0;
 }
 
+/* The data clusters of L2 table I of l2s are the next ones. */
+static int
+next_data_table (struct data_read *d, uint64_t i)
+{
+  const struct image_source *s = &d->im->s;
+  const uint64_t l2 = d->im->l2s[i].nr, end = l2_end (s, l2);
+  struct image_slot slot;
+  uint64_t nr = l2 * s->geometry.slots_per_l2;
+
+  while (d->at < d->end && (nr = next_slot (s, nr, end, &slot)) < end) {
+    const uint64_t whole = whole_slots_of_base (s, nr, end);
+    const uint64_t before
+      = d->at < d->start ? (d->start - d->at) / slot_size (s) : 0;
+    const uint64_t skip = MIN (whole, before);
+
+    if (skip > 0) {
+      d->at += skip * slot_size (s);
+      nr += skip;
+    }
+    else if (next_data_slot (d, nr++, &slot) == -1)
+      return -1;
+  }
+  return 0;
+}
+
 static int
 read_data (const struct image *im, const struct image_reader *reader,
            char *buf, uint64_t start, uint64_t count)
 {
-  const struct qcow2_geometry *g = &im->s.geometry;
-  const uint64_t nr_slots = im->s.map->nr_slots;
-  const uint64_t i = find_l2_by_data (im, start / g->cluster_size);
+  const uint64_t cluster = im->s.geometry.cluster_size;
+  uint64_t i = find_l2_by_data (im, start / cluster);
   struct data_read d = {
     .im = im,
     .reader = reader,
     .buf = buf,
     .start = start,
     .end = start + count,
-    .at = im->l2s[i].data_before * g->cluster_size,
+    .at = im->l2s[i].data_before * cluster,
   };
-  struct image_slot slot;
 
-  uint64_t nr = im->l2s[i].nr * g->slots_per_l2;
-
-  while (d.at < d.end
-         && (nr = next_slot (&im->s, nr, nr_slots, &slot)) < nr_slots) {
-    const uint64_t whole = whole_slots_of_base (&im->s, nr, nr_slots);
-    const uint64_t before
-      = d.at < d.start ? (d.start - d.at) / slot_size (&im->s) : 0;
-    const uint64_t skip = MIN (whole, before);
-
-    if (skip > 0) {
-      d.at += skip * slot_size (&im->s);
-      nr += skip;
-    }
-    else if (next_data_slot (&d, nr++, &slot) == -1)
+  for (; d.at < d.end && i < im->nr_l2; ++i)
+    if (next_data_table (&d, i) == -1)
       return -1;
-  }
   return read_found (&d);
 }
 

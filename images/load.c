@@ -260,8 +260,8 @@ end_run (struct transfer *t)
     return 0;
   if (run.kind == RUN_OF_DATA)
     return transfer_data (t, &run);
-  if (blk_zero (t->overlay, t->base, ZERO_ANY, (uint32_t) run.length,
-                run.disk_offset, &err)
+  if (blk_zero (t->overlay, t->base, ZERO_ANY, ZERO_GIVES_BACK,
+                (uint32_t) run.length, run.disk_offset, &err)
       == -1)
     return not_brought_in (t, err, run.disk_offset);
   return 0;

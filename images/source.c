@@ -120,7 +120,7 @@ next_slot (const struct image_source *s, uint64_t nr, uint64_t end,
       break;
 
     const struct slot *found = map_find (s->map, at);
-    slot->pair = found ? slot_load (found) : (struct slot_pair) { .place = 0 };
+    slot->pair = found ? slot_load (found) : (struct slot_pair) { .where = 0 };
     slot->of_base = 0;
     if (data) {
       slot->of_base
@@ -148,4 +148,25 @@ whole_slots_of_base (const struct image_source *s, uint64_t nr, uint64_t end)
   end = MIN (end,
              MIN (map_next (s->map, nr), data->runs[run].end / SLOT_BLOCKS));
   return end > nr ? end - nr : 0;
+}
+
+bool
+is_zero_table (const struct image_source *s, uint64_t nr)
+{
+  const uint64_t start = nr * s->geometry.slots_per_l2, end = l2_end (s, nr);
+  uint64_t count;
+
+  if (end - start < s->geometry.slots_per_l2)
+    return false;
+  for (uint64_t at = start; at < end; at += count) {
+    const struct slot *slots = map_find (s->map, at);
+
+    if (!slots)
+      return false;
+    count = MIN (map_in_row (s->map, at), end - at);
+    for (uint64_t i = 0; i < count; ++i)
+      if (slot_load (&slots[i]).state != bitmap_set_zero (0, UINT32_MAX))
+        return false;
+  }
+  return true;
 }

@@ -11,6 +11,7 @@
 #ifndef COW_SOURCE_H
 #define COW_SOURCE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -60,7 +61,7 @@ extern int image_set_backing (struct image_source *source, const char *backing,
 struct image_slot {
   struct slot_pair pair; /* the states of its blocks in the image */
   uint32_t of_base; /* the allocated blocks that come from the base; the others
-                          * are in the place */
+                          * are in the file */
 };
 
 /* The first slot from NR on, before END, that has a block that is not unallocated in
@@ -74,6 +75,18 @@ extern uint64_t next_slot (const struct image_source *s, uint64_t nr,
  */
 extern uint64_t whole_slots_of_base (const struct image_source *s, uint64_t nr,
                                      uint64_t end);
+
+/* Is each block of the L2 table numbered NR zero, also behind the end of the disk?  All such
+ * tables are the same: one is written, for many entries of the L1 table.
+ */
+extern bool is_zero_table (const struct image_source *s, uint64_t nr);
+
+/* Where in the file a block lies, in bytes, that is at ADDRESS. */
+static inline uint64_t
+address_offset (const struct image_source *s, uint32_t address)
+{
+  return (uint64_t) address * s->geometry.block_size;
+}
 
 static inline uint64_t
 slot_size (const struct image_source *s)

@@ -5,7 +5,8 @@
  * The walk goes over the image in the order of the disk: each entry of the L1
  * table that gives an L2 table, and each entry of that which gives a cluster.
  * It decodes them (qcow2.c checks each for itself), and leaves what to do with
- * them to its visitor.
+ * them to its visitor.  An L2 table may be there for more than one entry of the L1
+ * table if all that it says is zero: images of this filter have such.
  *
  * The size of a file is not trusted: a sparse one of a few KiB can claim to be
  * as long as a file can be.  So all work follows what really is in it.  Tables
@@ -137,6 +138,13 @@ walk_read_piece (struct walk *w, void *piece, uint64_t *offset, uint64_t end,
   return 0;
 }
 
+/* The bytes of the disk that an L2 table is for. */
+static uint64_t
+bytes_per_l2 (const struct qcow2_header *h)
+{
+  return (uint64_t) qcow2_l2_entries (h) << h->cluster_bits;
+}
+
 static int
 refuse_if_more (const struct walk *w, uint64_t entry)
 {
@@ -169,7 +177,9 @@ walk_l2_entry (struct walk *w, const void *piece, unsigned index,
     return 0;
 
   w->so_far.changed_bytes += met.reach;
-  if (met.cluster.kind != QCOW2_ZERO)
+  if (met.cluster.kind == QCOW2_ZERO)
+    w->nr_zero++;
+  else
     w->so_far.data_bytes += met.reach;
   if (refuse_if_more (w, met.entry) == -1)
     return -1;
@@ -208,6 +218,29 @@ walk_l2_table (struct walk *w, uint64_t table, uint64_t disk_offset)
   }
 }
 
+/* The last zero table once more, for the entry of the L1 table that is at offset ENTRY, and
+ * for the disk from DISK_OFFSET on.
+ */
+static int
+walk_zero_table (struct walk *w, uint64_t entry, uint64_t disk_offset)
+{
+  const struct qcow2_header *h = &w->image->header;
+  const uint64_t end = MIN (disk_offset + bytes_per_l2 (h), h->disk_size);
+  struct met met = {
+    .cluster = { .kind = QCOW2_ZERO },
+    .entry = entry,
+    .disk_offset = disk_offset,
+  };
+
+  for (; met.disk_offset < end; met.disk_offset += met.reach) {
+    met.reach = MIN (end - met.disk_offset, WALK_ZEROES);
+    w->so_far.changed_bytes += met.reach;
+    if (refuse_if_more (w, entry) == -1 || w->visit_cluster (w, &met) == -1)
+      return -1;
+  }
+  return 0;
+}
+
 /* The entry of the L1 table that is at OFFSET of the file. */
 static int
 walk_l1_entry (struct walk *w, uint64_t big_endian, uint64_t offset,
@@ -225,18 +258,24 @@ walk_l1_entry (struct walk *w, uint64_t big_endian, uint64_t offset,
     return 0;
 
   w->so_far.l2_tables++;
-  if (refuse_if_more (w, offset) == -1
-      || w->visit_table (w, table, offset) == -1)
+  if (refuse_if_more (w, offset) == -1)
     return -1;
-  return walk_l2_table (w, table, disk_offset);
+  if (table == w->zero_table)
+    return walk_zero_table (w, offset, disk_offset);
+
+  w->nr_zero = 0;
+  if (w->visit_table (w, table, offset) == -1
+      || walk_l2_table (w, table, disk_offset) == -1)
+    return -1;
+  if (w->nr_zero == qcow2_l2_entries (&image->header))
+    w->zero_table = table;
+  return 0;
 }
 
 int
 walk_image (struct walk *w)
 {
   const struct qcow2_header *h = &w->image->header;
-  const uint64_t bytes_per_l2 = (uint64_t) qcow2_l2_entries (h)
-                                << h->cluster_bits;
   uint64_t offset = h->l1_offset;
   size_t count;
 
@@ -257,7 +296,7 @@ walk_image (struct walk *w)
       uint64_t entry;
 
       memcpy (&entry, w->pieces + at, sizeof entry);
-      if (walk_l1_entry (w, entry, offset + at, nr * bytes_per_l2) == -1)
+      if (walk_l1_entry (w, entry, offset + at, nr * bytes_per_l2 (h)) == -1)
         return -1;
     }
     offset += count;

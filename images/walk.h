@@ -23,6 +23,9 @@ struct expander;
  */
 #define WALK_PIECE UINT64_C (65536)
 
+/* Zeroes are met in pieces of no more than this. */
+#define WALK_ZEROES (UINT64_C (1) << 30)
+
 /* What a walk has met: the size of the work. */
 struct amounts {
   uint64_t l2_tables;
@@ -67,7 +70,9 @@ extern struct stretch walk_find_stretch (const struct loaded *image,
                                          struct stretch *last,
                                          uint64_t offset);
 
-/* A cluster of the disk that is not unallocated. */
+/* A cluster of the disk that is not unallocated; or many that are zero, none of which
+ * goes over a multiple of WALK_ZEROES on the disk.
+ */
 struct met {
   struct qcow2_cluster cluster;
   uint64_t entry;       /* offset of its L2 entry in the file */
@@ -83,7 +88,11 @@ struct walk {
   struct amounts limit; /* to be refused where there is more */
   struct amounts so_far;
   struct stretch tables; /* for find_stretch */
-  char *pieces;          /* of an L1 and an L2 table, WALK_PIECE bytes each */
+  uint64_t
+    zero_table; /* the last L2 table all entries of which were zero, or 0 */
+  uint64_t
+    nr_zero;    /* entries that are, of the table that is being walked over */
+  char *pieces; /* of an L1 and an L2 table, WALK_PIECE bytes each */
   /* To expand compressed clusters; made when the first one is met. */
   struct expander *expander;
   char *packed, *expanded;

@@ -7,16 +7,17 @@
  *
  *  1 data first, then state          change_commit, slot_store
  *  2 state changes under slot lock   change_begin
- *  6 punching what is not allocated  change_punch
+ *  6 what died waits                 change_commit, change_end
  *  7 one hold of the request lock    change_begin .. change_end
  *
- * A slot whose place a frozen map has too is not written to there: it gets a fresh
- * place, and what of the old one it still needs is brought along (change_bring), in
- * the same hold in which "shared" was looked at.
+ * A block that becomes allocated gets a fresh address, and so does one that is written to
+ * while a frozen map has it at the same address; of that one, what the request leaves
+ * out is brought along (change_bring), in the same hold in which "shared" was looked
+ * at.
  *
  * Locks, in the order in which they are taken: slot locks (stripes by slot
  * number, ascending), the request lock (shared), a map node's lock or
- * the store's lock.  No slot lock is waited for while the request lock is held.
+ * the log's lock.  No slot lock is waited for while the request lock is held.
  */
 
 #include <config.h>
@@ -25,7 +26,7 @@
 #include <inttypes.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <unistd.h>
+#include <string.h>
 
 #include "bitmap.h"
 #include "common/cleanup.h"
@@ -64,10 +65,11 @@ change_at (const struct change *c, uint64_t offset)
   return &c->slots[index_of (c, offset)];
 }
 
+/* Caller has made the changes, or undone them. */
 static void
 change_unlock (struct change *c)
 {
-  rwlock_unlock (&c->o->request_lock);
+  request_end (c->o, c->ticket);
   overlay_unlock_stripes (c->o, c->stripes);
 }
 
@@ -120,40 +122,81 @@ find_slots (struct change *c, uint64_t zero_start, uint64_t zero_end)
 
       *s = (struct slot_change) { .nr = nr, .slot = slot };
       s->zero = blocks_in_slot (o, nr, zero_start, zero_end);
-      s->found = slot_load (slot);
-      s->place = s->found.place;
-      s->shared = map_is_shared (&o->map, nr, s->place);
+      s->step.found = slot_load (slot);
+      s->shared = map_shared_blocks (&o->map, nr, s->step.found);
     }
   }
   return 0;
 }
 
-int
-change_begin (struct change *c, struct overlay *o, uint64_t offset,
-              uint64_t end, uint64_t zero_start, uint64_t zero_end)
+void
+change_init (struct change *c, struct overlay *o, enum log_effort effort)
 {
+  c->o = o;
+  c->effort = effort;
+  c->count = c->nr_prepared = c->nr_dead = 0;
+  c->runs = c->few_runs;
+  c->nr_runs = 0;
+  c->max_runs = sizeof c->few_runs / sizeof c->few_runs[0];
+  c->nr_addresses = 0;
+  c->used_runs = c->used_of_next = 0;
+  c->slots = c->few_slots;
+  c->to = c->few_to;
+}
+
+/* Nobody has seen these addresses.  Once the file belongs to the one who saves, they are
+ * left where they are: he takes what no map has for unused, and somebody else may be using
+ * the image already.
+ */
+static void
+give_back_addresses (struct change *c)
+{
+  if (c->nr_runs == 0)
+    return;
+
+  HOLD_SHARED (&c->o->view_lock);
+  const bool cut = views_are_cut (c->o);
+
+  for (; c->nr_runs > 0; --c->nr_runs)
+    if (!cut)
+      log_give_back (&c->o->log, c->runs[c->nr_runs - 1]);
+  c->nr_addresses = 0;
+}
+
+void
+change_free (struct change *c)
+{
+  give_back_addresses (c);
+  if (c->runs != c->few_runs)
+    free (c->runs);
+  if (c->slots != c->few_slots)
+    free (c->slots);
+  if (c->to != c->few_to)
+    free (c->to);
+}
+
+int
+change_begin (struct change *c, uint64_t offset, uint64_t end,
+              uint64_t zero_start, uint64_t zero_end)
+{
+  struct overlay *o = c->o;
   int err;
 
   assert_none_held_from (RANK_RELEASE);
-  c->o = o;
   c->first = offset >> o->slot_shift;
   c->last = (end - 1) >> o->slot_shift;
 
   const size_t nr_slots = (size_t) (c->last - c->first + 1);
 
   c->stripes = stripes_of (c->first, nr_slots);
-  c->nr_l2 = 0;
-  c->nr_fresh = 0;
-  c->count = 0;
-  c->slots = c->few;
-  if (nr_slots > sizeof c->few / sizeof c->few[0]) {
+  if (nr_slots > FEW_SLOTS) {
     c->slots = malloc (nr_slots * sizeof *c->slots);
     if (!c->slots)
       return ENOMEM;
   }
 
   overlay_lock_stripes (o, c->stripes);
-  rwlock_lock_shared (&o->request_lock);
+  c->ticket = request_begin (o);
   err = is_closed (o) ? ESHUTDOWN : find_slots (c, zero_start, zero_end);
   if (err)
     change_unlock (c);
@@ -164,14 +207,14 @@ change_begin (struct change *c, struct overlay *o, uint64_t offset,
 static uint32_t
 bit_of (const struct overlay *o, uint64_t offset)
 {
-  return bitmap_mask (offset >> o->block_shift & (SLOT_BLOCKS - 1), 1);
+  return bitmap_mask (block_in_slot (o, offset), 1);
 }
 
 enum block_state
 change_found (const struct change *c, uint64_t offset)
 {
-  return bitmap_state (change_at (c, offset)->found.state,
-                       offset >> c->o->block_shift & (SLOT_BLOCKS - 1));
+  return bitmap_state (change_at (c, offset)->step.found.state,
+                       block_in_slot (c->o, offset));
 }
 
 void
@@ -186,7 +229,19 @@ change_allocate_holes (struct change *c, uint64_t start, uint64_t end)
 {
   for (size_t i = index_of (c, start); i <= index_of (c, end - 1); ++i)
     c->slots[i].allocate |= blocks_in_slot (c->o, c->slots[i].nr, start, end)
-                            & bitmap_holes (c->slots[i].found.state);
+                            & bitmap_holes (c->slots[i].step.found.state);
+}
+
+void
+change_allocate_provided (struct change *c, uint64_t start, uint64_t end)
+{
+  for (size_t i = index_of (c, start); i <= index_of (c, end - 1); ++i) {
+    struct slot_change *s = &c->slots[i];
+    const uint32_t blocks = blocks_in_slot (c->o, s->nr, start, end);
+
+    s->allocate |= blocks;
+    s->provided |= blocks;
+  }
 }
 
 void
@@ -199,161 +254,282 @@ change_make_zero (struct change *c, uint64_t block)
   s->allocate &= ~bit;
 }
 
-/* Is the block at OFFSET one that becomes allocated, or stays so? */
-static bool
-change_allocates (const struct change *c, uint64_t offset)
+/*----------------------------------------------------------------------
+ * What must be there before anything is written
+ */
+
+/* The allocated blocks that the slot is going to own no longer, at their addresses. */
+static uint32_t
+dying_blocks (const struct slot_change *s)
 {
-  return change_at (c, offset)->allocate & bit_of (c->o, offset);
+  return bitmap_allocated (s->step.found.state) & (s->step.fresh | s->zero);
 }
 
-/* Does this slot get a place that it did not have? */
-static bool
-has_fresh_place (const struct slot_change *s)
+/* Say what each slot becomes.  Returns how many blocks need a fresh address. */
+static uint64_t
+plan_slots (struct change *c)
 {
-  return s->place != s->found.place;
+  uint64_t nr_fresh = 0;
+
+  for (size_t i = 0; i < c->count; ++i) {
+    struct slot_change *s = &c->slots[i];
+    const uint64_t found = s->step.found.state;
+
+    s->step.fresh
+      = s->provided | (s->allocate & (~bitmap_allocated (found) | s->shared));
+    s->step.state
+      = bitmap_set_allocated (bitmap_set_zero (found, s->zero), s->allocate);
+    nr_fresh += (unsigned) __builtin_popcount (s->step.fresh);
+  }
+  return nr_fresh;
 }
 
-static bool
-needs_place (const struct slot_change *s)
+/* Have at least WANTED fresh addresses.  0 or an errno value. */
+static int
+take_addresses (struct change *c, uint64_t wanted)
 {
-  return s->allocate && (s->place == 0 || s->shared);
+  while (c->nr_addresses < wanted) {
+    if (c->nr_runs == c->max_runs) {
+      const size_t max = 4 * c->max_runs;
+      struct log_run *runs = malloc (max * sizeof *runs);
+
+      if (!runs)
+        return ENOMEM;
+      memcpy (runs, c->runs, c->nr_runs * sizeof *runs);
+      if (c->runs != c->few_runs)
+        free (c->runs);
+      c->runs = runs;
+      c->max_runs = max;
+    }
+    struct log_run *run = &c->runs[c->nr_runs];
+
+    if (log_take (&c->o->log, wanted - c->nr_addresses, c->effort, run) == -1)
+      return errno;
+    c->nr_runs++;
+    c->nr_addresses += run->count;
+  }
+  return 0;
 }
 
-/* Has a slot a block that is no hole? */
-static bool
-is_touched (const struct overlay *o, uint64_t nr)
+/* Write zeroes to blocks that nobody has seen. */
+static int
+write_zeroes (struct overlay *o, struct log_run run)
 {
-  const struct slot *slot
-    = nr < o->map.nr_slots ? map_find (&o->map, nr) : NULL;
+  static const char zeroes[64 << 10];
+  uint64_t at = log_offset (&o->log, run.first);
+  const uint64_t end = at + ((uint64_t) run.count << o->block_shift);
 
-  return slot && slot_load (slot).state != 0;
+  while (at < end) {
+    struct iovec iov = { .iov_base = (char *) zeroes,
+                         .iov_len = MIN (end - at, sizeof zeroes) };
+    const uint64_t n = iov.iov_len;
+
+    if (atomic_load (&o->life) != OVERLAY_OPEN)
+      return ESHUTDOWN; /* the one who saves does not wait for all of it */
+    if (store_writev (&o->store, &iov, 1, at) == -1)
+      return errno;
+    at += n;
+  }
+  return 0;
 }
 
-/* Has any slot of the L2 table of slot NR?  Most often a neighbour has. */
-static bool
-l2_table_is_touched (const struct overlay *o, uint64_t nr)
+/* The view lock keeps away the one who saves: no request lock is held. */
+static int
+provide (struct change *c, uint64_t count, bool fast)
 {
-  const uint64_t per_l2 = o->tables.geometry.slots_per_l2;
-  const uint64_t start = ROUND_DOWN (nr, per_l2), end = start + per_l2;
+  struct overlay *o = c->o;
 
-  if (nr > start && is_touched (o, nr - 1))
-    return true;
-  for (uint64_t i = map_next (&o->map, start); i < end && i < o->map.nr_slots;
-       i = map_next (&o->map, i + 1))
-    if (is_touched (o, i))
-      return true;
-  return false;
+  HOLD_SHARED (&o->view_lock);
+  int err = views_are_cut (o) ? ESHUTDOWN : take_addresses (c, count);
+
+  for (size_t i = 0; i < c->nr_runs && !err; ++i) {
+    const struct log_run run = c->runs[i];
+
+    if (store_zero_range (&o->store, log_offset (&o->log, run.first),
+                          (uint64_t) run.count << o->block_shift)
+        == 0)
+      continue;
+    if (errno != EOPNOTSUPP && errno != ENOSYS)
+      err = errno;
+    else
+      err = fast ? ENOTSUP : write_zeroes (o, run);
+  }
+  return err;
 }
 
-/* Set space aside for the tables of an image, where the change is the first in an
- * L2 table.  A table with a block that is no hole has its space, for that
- * was set aside before the block was changed, and no block becomes a hole again.
- * Two requests that are both the first set it aside twice.  0 or an errno value.
+int
+change_provide (struct change *c, uint64_t count, bool fast)
+{
+  assert_none_held_from (RANK_RELEASE);
+
+  const int err = provide (c, count, fast);
+
+  if (err)
+    give_back_addresses (c);
+  return err;
+}
+
+/* Set space aside for the tables of an image, where there will be one.  0 or an errno
+ * value.
  */
 static int
-change_reserve_tables (struct change *c)
+reserve_tables (struct change *c, uint64_t nr_fresh)
 {
   struct overlay *o = c->o;
   const uint64_t per_l2 = o->tables.geometry.slots_per_l2;
-  uint64_t last_l2 = UINT64_MAX;
+  uint64_t last = UINT64_MAX;
 
   if (!has_tables (o))
     return 0;
   for (size_t i = 0; i < c->count; ++i) {
-    const struct slot_change *s = &c->slots[i];
-    const uint64_t last = s->slot ? s->nr : s->nr + LEAF_SLOTS - 1;
-    uint64_t l2 = s->nr / per_l2;
+    struct slot_change *s = &c->slots[i];
+    int r = 0;
 
-    if (s->found.state != 0 || !(s->allocate | s->zero) || l2 == last_l2
-        || l2_table_is_touched (o, s->nr))
-      continue;
-    /* A leaf may have several, all of them touched or none. */
-    for (; l2 <= last / per_l2; ++l2) {
-      if (tables_reserve_l2 (&o->tables, l2) == -1)
-        return errno;
-      c->nr_l2++;
-      last_l2 = l2;
+    if (!s->slot)
+      r = tables_reserve_zero_l2 (&o->tables, s->nr / per_l2,
+                                  (s->nr + LEAF_SLOTS - 1) / per_l2);
+    else if (s->step.state != s->step.found.state && s->nr / per_l2 != last) {
+      last = s->nr / per_l2; /* not asked for twice, as by two requests */
+      r = tables_reserve_l2 (&o->tables, last);
     }
+    if (r == -1)
+      return errno;
+    s->reserved = r > 0;
   }
 
-  /* What takes no place makes the file no longer, and so wants nothing. */
-  if (c->nr_fresh > 0 && tables_reserve_refcounts (&o->tables) == -1)
+  /* What takes no address makes the file no longer, and so wants nothing. */
+  if (nr_fresh > 0 && tables_reserve_refcounts (&o->tables) == -1)
     return errno;
   return 0;
 }
 
-/* Give a place to every slot that needs one, and set aside what an image will need
- * for the change.  0 or an errno value.
+/* Room in the dead list for what the live map is going to own no longer, and the newest
+ * frozen one does.  0 or an errno value.
  */
 static int
-change_take_places (struct change *c)
+reserve_dead (struct change *c)
 {
-  uint64_t place = 0, got = 0, wanted;
+  size_t count = 0;
 
   for (size_t i = 0; i < c->count; ++i)
-    c->nr_fresh += needs_place (&c->slots[i]);
+    count += (unsigned) __builtin_popcount (dying_blocks (&c->slots[i])
+                                            & c->slots[i].shared);
+  if (count == 0)
+    return 0;
 
-  wanted = c->nr_fresh;
-  for (size_t i = 0; i < c->count && wanted + got > 0; ++i) {
-    if (!needs_place (&c->slots[i]))
-      continue;
-    if (got == 0) {
-      got = places_take (&c->o->places, wanted, &place);
-      if (got == 0)
-        return errno;
-      wanted -= got;
-    }
-    c->slots[i].place = place++;
-    got--;
-  }
-  return change_reserve_tables (c);
+  HOLD (&c->o->dead_lock);
+  if (dead_reserve (&c->o->map.dead, count) == -1)
+    return errno;
+  c->nr_dead = count;
+  return 0;
 }
 
-/* To the fresh place of a slot that was shared, bring along the bytes of those
- * allocated blocks that the request, OFFSET .. END-1, neither covers wholly nor makes
- * zero.  (That goes for the block that ends the disk too, as the request has no bytes
- * for what lies behind the end.)  What was shared does not change, so that they can be
- * copied while others read them.  0 or an errno value.
+/* The next fresh address. */
+static uint32_t
+next_address (struct change *c)
+{
+  const struct log_run *run = &c->runs[c->used_runs];
+  const uint32_t address = run->first + c->used_of_next;
+
+  if (++c->used_of_next == run->count) {
+    c->used_runs++;
+    c->used_of_next = 0;
+  }
+  return address;
+}
+
+/* Say of each block that is written to where it lies, and get the nodes for that.  0 or
+ * an errno value.
+ */
+static int
+place_blocks (struct change *c)
+{
+  size_t nr_written = 0;
+  uint32_t *to;
+
+  for (size_t i = 0; i < c->count; ++i)
+    nr_written += c->slots[i].allocate != 0;
+  if (nr_written > FEW_SLOTS) {
+    c->to = malloc (nr_written * SLOT_BLOCKS * sizeof *c->to);
+    if (!c->to)
+      return ENOMEM;
+  }
+  to = c->to;
+
+  for (size_t i = 0; i < c->count; ++i) {
+    struct slot_change *s = &c->slots[i];
+
+    if (s->allocate) {
+      for (uint32_t left = s->allocate; left; left &= left - 1) {
+        const unsigned block = (unsigned) __builtin_ctz (left);
+
+        to[block] = s->step.fresh >> block & 1
+                      ? next_address (c)
+                      : slot_address (s->step.found, block);
+      }
+      s->step.to = to;
+      to += SLOT_BLOCKS;
+    }
+    if (s->slot && slot_prepare (&c->o->map, &s->step) == -1)
+      return errno;
+    c->nr_prepared = i + 1;
+  }
+  return 0;
+}
+
+/* Bring along the bytes of the block at BLOCK, if it was shared and gets a fresh address.
+ * What was shared does not change, so that it can be copied while others read it.  0
+ * or an errno value.
+ */
+static int
+bring_block (const struct change *c, uint64_t block)
+{
+  const struct overlay *o = c->o;
+  const struct slot_change *s = change_at (c, block);
+  const unsigned nr = block_in_slot (o, block);
+
+  if (!(dying_blocks (s) & s->allocate & ~s->provided & bit_of (o, block)))
+    return 0;
+  return store_copy (&o->store,
+                     log_offset (&o->log, slot_address (s->step.found, nr)),
+                     log_offset (&o->log, s->step.to[nr]), block_size (o))
+             == -1
+           ? errno
+           : 0;
+}
+
+/* The same of the blocks at the ends of the request, OFFSET .. END-1, if it does not
+ * cover them.  (The block that ends the disk is never covered: the request has no bytes
+ * for what lies behind the end.)
  */
 static int
 change_bring (const struct change *c, uint64_t offset, uint64_t end)
 {
-  const struct overlay *o = c->o;
-  const uint64_t covered_start = ROUND_UP (offset, block_size (o));
-  const uint64_t covered_end = ROUND_DOWN (end, block_size (o));
+  const uint64_t bs = block_size (c->o);
+  const uint64_t head = ROUND_DOWN (offset, bs);
+  const uint64_t tail = ROUND_DOWN (end - 1, bs);
+  int err = 0;
 
-  for (size_t i = 0; i < c->count; ++i) {
-    const struct slot_change *s = &c->slots[i];
-    uint32_t bring = bitmap_allocated (s->found.state) & ~s->zero;
-
-    if (!has_fresh_place (s) || s->found.place == 0)
-      continue;
-    bring &= ~(s->allocate
-               & blocks_in_slot (o, s->nr, covered_start, covered_end));
-    while (bring) {
-      const unsigned first = (unsigned) __builtin_ctz (bring);
-      const unsigned count = bitmap_run_of_ones (bring, first);
-      const uint64_t at = (uint64_t) first << o->block_shift;
-
-      if (store_copy (&c->o->store, (s->found.place << o->slot_shift) + at,
-                      (s->place << o->slot_shift) + at,
-                      (uint64_t) count << o->block_shift)
-          == -1)
-        return errno;
-      bring &= ~bitmap_mask (first, count);
-    }
-  }
-  return 0;
+  if (offset > head || end < head + bs)
+    err = bring_block (c, head);
+  if (!err && tail != head && end < tail + bs)
+    err = bring_block (c, tail);
+  return err;
 }
 
 int
 change_prepare (struct change *c, uint64_t offset, uint64_t end)
 {
-  const int err = change_take_places (c);
+  const uint64_t nr_fresh = plan_slots (c);
+  int err = take_addresses (c, nr_fresh);
 
-  if (err || c->nr_fresh == 0)
-    return err;
-  return change_bring (c, offset, end);
+  if (!err)
+    err = reserve_tables (c, nr_fresh);
+  if (!err)
+    err = reserve_dead (c);
+  if (!err)
+    err = place_blocks (c);
+  return err || nr_fresh == 0 ? err : change_bring (c, offset, end);
 }
 
 int
@@ -377,248 +553,187 @@ slice_parts (const struct iovec *parts, int nr_parts, uint64_t start,
   return nr_iov;
 }
 
+/* Where the byte at OFFSET of the disk is written to; false: it is not. */
+static bool
+written_at (const struct change *c, uint64_t offset, uint64_t *at)
+{
+  const struct slot_change *s = change_at (c, offset);
+
+  if (!(s->allocate & bit_of (c->o, offset)))
+    return false;
+  *at = file_offset (c->o, s->step.to[block_in_slot (c->o, offset)], offset);
+  return true;
+}
+
 int
 change_write (const struct change *c, const struct iovec *parts, int nr_parts,
               uint64_t offset)
 {
-  const struct overlay *o = c->o;
-  uint64_t pos = offset, end = offset;
+  const uint64_t bs = block_size (c->o);
+  uint64_t end = offset;
 
   for (int i = 0; i < nr_parts; ++i)
     end += parts[i].iov_len;
 
-  while (pos < end) {
-    const size_t i = index_of (c, pos);
-    size_t next = i + 1;
+  for (uint64_t pos = offset, next; pos < end; pos = next) {
     struct iovec iov[MAX_PARTS];
+    uint64_t at, next_at;
+    const bool write = written_at (c, pos, &at);
 
-    while (next < c->count
-           && c->slots[next].place == c->slots[i].place + (next - i))
-      next++;
+    next = MIN (ROUND_DOWN (pos, bs) + bs, end);
+    if (!write)
+      continue;
+    while (next < end && written_at (c, next, &next_at)
+           && next_at == at + (next - pos))
+      next = MIN (next + bs, end);
 
-    const uint64_t run_end
-      = MIN (end, (c->slots[i].nr + (next - i)) << o->slot_shift);
     const int nr_iov
-      = slice_parts (parts, nr_parts, pos - offset, run_end - offset, iov);
-    if (store_writev (&o->store, iov, nr_iov,
-                      file_offset (o, c->slots[i].place, pos))
-        == -1)
+      = slice_parts (parts, nr_parts, pos - offset, next - offset, iov);
+    if (store_writev (&c->o->store, iov, nr_iov, at) == -1)
       return errno;
-    pos = run_end;
   }
   return 0;
 }
 
-int
-change_write_allocated (const struct change *c, const struct iovec *parts,
-                        int nr_parts, uint64_t offset)
+/*----------------------------------------------------------------------
+ * The end
+ */
+
+/* Blocks of one slot on their way out. */
+struct dying {
+  struct {
+    unsigned block; /* the first, in the slot */
+    bool shared;
+    struct log_run run;
+  } runs[SLOT_BLOCKS];
+  unsigned nr;
+};
+
+/* Note the addresses of what dies, before the slot loses them. */
+static void
+find_dying (const struct slot_change *s, struct dying *d)
 {
-  const struct overlay *o = c->o;
-  const uint64_t bs = block_size (o);
-  uint64_t end = offset, pos = offset;
-  int err = 0;
+  uint32_t left = dying_blocks (s);
 
-  for (int i = 0; i < nr_parts; ++i)
-    end += parts[i].iov_len;
+  d->nr = 0;
+  while (left) {
+    const unsigned block = (unsigned) __builtin_ctz (left);
+    const bool shared = s->shared >> block & 1;
+    const uint32_t alike = left & (shared ? s->shared : ~s->shared);
+    uint32_t address;
+    const unsigned count = slot_in_row (
+      s->step.found, block, bitmap_run_of_ones (alike, block), &address);
 
-  while (pos < end && !err) {
-    const bool write = change_allocates (c, pos);
-    struct iovec iov[MAX_PARTS];
-    uint64_t next = ROUND_DOWN (pos, bs) + bs;
-
-    while (next < end && change_allocates (c, next) == write)
-      next += bs;
-    next = MIN (next, end);
-    if (write)
-      err = change_write (
-        c, iov,
-        slice_parts (parts, nr_parts, pos - offset, next - offset, iov), pos);
-    pos = next;
+    d->runs[d->nr].block = block;
+    d->runs[d->nr].shared = shared;
+    d->runs[d->nr++].run = (struct log_run) { address, count };
+    left &= ~bitmap_mask (block, count);
   }
-  return err;
 }
 
-/* Make the changes visible.  All their bytes are in the file (rules 1, 7). */
+/* What died goes on the dead list if the newest frozen map owns it; else nobody does, and
+ * it waits.  Returns whether the cleaner is to be told.
+ */
+static bool
+let_die (struct change *c, uint64_t slot, const struct dying *d)
+{
+  struct overlay *o = c->o;
+  bool tell = false;
+
+  for (unsigned i = 0; i < d->nr; ++i)
+    if (d->runs[i].shared) {
+      HOLD (&o->dead_lock);
+      dead_add (&o->map.dead, (struct dead_run) {
+                                .block = slot * SLOT_BLOCKS + d->runs[i].block,
+                                .address = d->runs[i].run.first,
+                                .count = d->runs[i].run.count });
+      c->nr_dead--;
+    }
+    else
+      tell |= log_wait (&o->log, d->runs[i].run);
+  return tell;
+}
+
+/* What blocks were given is theirs now. */
 static void
+keep_unused (struct change *c)
+{
+  size_t count = 0;
+
+  for (size_t i = c->used_runs; i < c->nr_runs; ++i) {
+    const struct log_run run = c->runs[i];
+    const uint32_t used = i == c->used_runs ? c->used_of_next : 0;
+
+    c->runs[count++] = (struct log_run) { run.first + used, run.count - used };
+  }
+  c->nr_runs = count;
+}
+
+/* Make the changes visible.  All their bytes are in the file (rules 1, 7).  Returns whether
+ * the cleaner is to be told.
+ */
+static bool
 change_commit (struct change *c)
 {
-  assert_held (&c->o->request_lock);
-  atomic_store (&c->o->changed, true);
+  struct overlay *o = c->o;
+  bool tell = false;
+
+  assert_held (&o->request_lock);
+  atomic_store (&o->changed, true);
   VERBOSE ("changing %" PRIu64 " slots from offset %" PRIu64,
-           c->last - c->first + 1, c->first << c->o->slot_shift);
+           c->last - c->first + 1, c->first << o->slot_shift);
 
   for (size_t i = 0; i < c->count; ++i) {
     const struct slot_change *s = &c->slots[i];
-    struct slot_pair pair = { .place = s->place, .state = s->found.state };
+    struct dying dying;
 
     if (!s->slot) {
-      map_zero_leaf (&c->o->map, s->nr);
+      map_zero_leaf (&o->map, s->nr);
       continue;
     }
-    assert_slot_held (c->o, s->nr);
-    pair.state = bitmap_set_zero (pair.state, s->zero);
-    pair.state = bitmap_set_allocated (pair.state, s->allocate);
-    if (pair.state != s->found.state || pair.place != s->found.place)
-      slot_store (s->slot, pair);
+    assert_slot_held (o, s->nr);
+    find_dying (s, &dying);
+    if (s->step.state != s->step.found.state || s->step.fresh)
+      slot_store (s->slot, &s->step);
+    /* Rule 6: not before.  Whoever counts itself in from now on cannot find them, and
+     * grace waits for all others.
+     */
+    tell |= let_die (c, s->nr, &dying);
   }
+
+  keep_unused (c);
+  return tell;
 }
 
-/* Give back what a request took that failed: its fresh places, and in the other
- * slots what it may have written to blocks that it was going to allocate.
- * Caller holds the slot locks, so nobody else has begun to use those.
- */
 static void
-change_give_back (struct change *c)
+change_undo (struct change *c)
 {
-  struct overlay *o = c->o;
-
-  if (c->nr_l2 > 0)
-    tables_cancel_l2 (&o->tables, c->nr_l2);
-
-  /* From the last one down, so that the end of the file moves back. */
-  for (size_t i = c->count; i-- > 0;) {
-    const struct slot_change *s = &c->slots[i];
-    const uint32_t blocks = s->allocate & ~bitmap_allocated (s->found.state);
-
-    assert_slot_held (o, s->nr);
-    if (has_fresh_place (s))
-      places_give_back (&c->o->places, s->place, 1);
-    else if (s->place != 0 && !s->shared) /* else nothing was written */
-      overlay_punch_blocks (o, s->place, blocks);
-  }
+  for (size_t i = 0; i < c->nr_prepared; ++i)
+    if (c->slots[i].slot)
+      slot_cancel (&c->slots[i].step);
+  for (size_t i = 0; i < c->count; ++i)
+    if (c->slots[i].reserved)
+      tables_cancel_l2 (&c->o->tables,
+                        c->slots[i].nr / c->o->tables.geometry.slots_per_l2);
 }
 
 int
 change_end (struct change *c, int err)
 {
+  bool tell = false;
+
   if (err)
-    change_give_back (c);
+    change_undo (c);
   else
-    change_commit (c);
+    tell = change_commit (c);
+  if (c->nr_dead > 0) {
+    HOLD (&c->o->dead_lock);
+    dead_unreserve (&c->o->map.dead, c->nr_dead);
+  }
   change_unlock (c);
+
+  if (tell)
+    cleaner_wake (&c->o->cleaning);
+  give_back_addresses (c);
   return err;
-}
-
-/*----------------------------------------------------------------------
- * Giving space back
- */
-
-/* The blocks of a slot that were allocated and that the change made zero. */
-static uint32_t
-zeroed_blocks (const struct slot_change *s)
-{
-  return bitmap_allocated (s->found.state) & s->zero;
-}
-
-/* A range of the file with nothing in it that counts. */
-struct gap {
-  uint64_t start, end;
-  bool worth_punching; /* there may be bytes to give back */
-};
-
-static void
-punch_gap (const struct overlay *o, struct gap *gap)
-{
-  if (gap->worth_punching) {
-    VERBOSE ("punching %" PRIu64 " bytes", gap->end - gap->start);
-    store_punch (&o->store, gap->start, gap->end - gap->start);
-  }
-  gap->worth_punching = false;
-}
-
-/* Punch what is not allocated of the blocks PIECE in the places of COUNT slots,
- * which lie one behind the other, in one short hold of both locks (rule 6): the
- * zero blocks, and the holes between them, so that fewer and longer ranges are
- * punched.  What a frozen map has allocated there is left; it is punched when the last
- * such map is released.  Whoever is about to write to any of these blocks needs the
- * slot lock.
- */
-static void
-punch_slots (struct overlay *o, const struct slot_change *slots, size_t count,
-             uint32_t piece)
-{
-  struct gap gap = { .worth_punching = false };
-  uint64_t stripes = 0;
-
-  for (size_t i = 0; i < count; ++i)
-    stripes |= stripe_of (slots[i].nr);
-  overlay_lock_stripes (o, stripes);
-  rwlock_lock_shared (&o->request_lock);
-
-  /* Once the overlay is closed, its file may have been saved, and be somebody
-   * else's.
-   */
-  if (is_closed (o))
-    count = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const struct slot_pair pair = slot_load (map_find (&o->map, slots[i].nr));
-    uint32_t unused = ~(bitmap_allocated (pair.state)
-                        | map_frozen_blocks (&o->map, slots[i].nr, pair.place))
-                      & piece;
-
-    while (unused) {
-      const unsigned first = (unsigned) __builtin_ctz (unused);
-      const uint32_t run
-        = bitmap_mask (first, bitmap_run_of_ones (unused, first));
-      const uint64_t start
-        = (pair.place << o->slot_shift) + ((uint64_t) first << o->block_shift);
-
-      if (start != gap.end) {
-        punch_gap (o, &gap);
-        gap.start = start;
-      }
-      gap.end
-        = start + ((uint64_t) __builtin_popcount (run) << o->block_shift);
-      gap.worth_punching |= (zeroed_blocks (&slots[i]) & run) != 0;
-      unused &= ~run;
-    }
-  }
-  punch_gap (o, &gap);
-
-  rwlock_unlock (&o->request_lock);
-  overlay_unlock_stripes (o, stripes);
-}
-
-static int
-compare_places (const void *a, const void *b)
-{
-  const struct slot_change *slot_a = a, *slot_b = b;
-
-  return (slot_a->place > slot_b->place) - (slot_a->place < slot_b->place);
-}
-
-void
-change_punch (struct change *c)
-{
-  assert_none_held_from (RANK_RELEASE);
-
-  const struct overlay *o = c->o;
-  const size_t slots_at_once = MAX (PUNCH_BYTES >> o->slot_shift, 1);
-  const unsigned blocks_at_once
-    = MIN (MAX (PUNCH_BYTES >> o->block_shift, 1), SLOT_BLOCKS);
-  size_t count = 0, since_pause = 0;
-
-  for (size_t i = 0; i < c->count; ++i)
-    if (zeroed_blocks (&c->slots[i]))
-      c->slots[count++] = c->slots[i];
-  qsort (c->slots, count, sizeof *c->slots, compare_places);
-
-  for (size_t i = 0, next; i < count; i = next) {
-    next = i + 1;
-    while (next < count && next - i < slots_at_once
-           && c->slots[next].place == c->slots[i].place + (next - i))
-      next++;
-    for (unsigned block = 0; block < SLOT_BLOCKS; block += blocks_at_once)
-      punch_slots (c->o, &c->slots[i], next - i,
-                   bitmap_mask (block, blocks_at_once));
-
-    /* Whoever waits for the file's lock in the kernel gets it now; without a
-     * pause, only after some milliseconds.
-     */
-    since_pause += next - i;
-    if (since_pause >= slots_at_once) {
-      usleep (1);
-      since_pause = 0;
-    }
-  }
 }

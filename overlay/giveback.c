@@ -15,10 +15,12 @@
 
 #include "common/cleanup.h"
 #include "overlay/giveback.h"
-#include "overlay/private.h"
 
-/* The file is cut off so many places at a time, or fewer... */
-#define CUT_PLACES 256
+/* So many bytes are given back at a time; at the end of the file fewer, but not fewer than
+ * these...
+ */
+#define MOST_AT_ONCE (UINT64_C (64) << 20)
+#define LEAST_CUT (UINT64_C (128) << 10)
 
 /* ...if they have more extents on the disk. */
 #define CUT_EXTENTS 16
@@ -46,10 +48,9 @@ count_extents (const struct giveback *g, uint64_t offset, uint64_t count,
   return store_extents_on_disk (g->store, offset, count, most + 1);
 }
 
-static bool
-punch (void *opaque, uint64_t offset, uint64_t count)
+static void
+punch (const struct giveback *g, uint64_t offset, uint64_t count)
 {
-  struct giveback *g = opaque;
   const uint64_t left = g->budget->extents;
   const uint64_t extents = count_extents (g, offset, count, left);
 
@@ -57,24 +58,26 @@ punch (void *opaque, uint64_t offset, uint64_t count)
     store_punch (g->store, offset, count);
     g->budget->extents -= extents;
   }
-  return now () < g->deadline;
 }
 
-/* Cut the file off at END, in steps from its end on. */
+/* Cut the file off at END, in steps from its end on.  For the first one there is always
+ * time: the file was made longer ahead of its use.
+ */
 static void
-cut_off (struct giveback *g, uint64_t place_size, uint64_t end)
+cut_off (const struct giveback *g, uint64_t end)
 {
-  uint64_t size, step = CUT_PLACES * place_size;
+  uint64_t size, step = MOST_AT_ONCE;
 
   if (store_size (g->store, &size) == -1)
     return;
-  while (size > end && now () < g->deadline) {
+  for (bool first = true; size > end && (first || now () < g->deadline);
+       first = false) {
     const uint64_t left = g->budget->extents;
     const uint64_t count = MIN (step, size - end);
     const uint64_t extents
       = count_extents (g, size - count, count, MIN (left, CUT_EXTENTS));
 
-    if (extents > CUT_EXTENTS && step > place_size)
+    if (extents > CUT_EXTENTS && step > LEAST_CUT)
       step /= 2;
     else if (extents > left || store_truncate (g->store, size - count) == -1)
       return;
@@ -85,24 +88,68 @@ cut_off (struct giveback *g, uint64_t place_size, uint64_t end)
   }
 }
 
-void
-giveback (struct overlay *o, uint64_t end, struct giveback_budget *budget)
+/* The first cluster from NR on that is in use, or is not; NR_CLUSTERS if there is none
+ * before that.
+ */
+static uint64_t
+next_cluster (const struct image_used *u, uint64_t nr, uint64_t nr_clusters,
+              bool in_use)
 {
-  struct giveback g = { .store = overlay_store (o), .budget = budget };
+  while (nr < nr_clusters) {
+    uint64_t word = nr / 64 < u->nr_words ? u->words[nr / 64] : 0;
 
-  if (!overlay_had_views (o)) {
-    (void) store_truncate (g.store, end);
-    return;
+    word = (in_use ? word : ~word) >> nr % 64;
+    if (word)
+      return MIN (nr + (unsigned) __builtin_ctzll (word), nr_clusters);
+    nr = ROUND_DOWN (nr, UINT64_C (64)) + 64;
   }
+  return nr_clusters;
+}
+
+/* Punch what is not in use and is SHORTEST to LONGEST bytes long. */
+static void
+punch_unused (const struct giveback *g, uint64_t cluster_size,
+              const struct image_used *u, uint64_t shortest, uint64_t longest)
+{
+  const uint64_t nr_clusters = u->end / cluster_size;
+  uint64_t nr = 0, end;
+
+  for (; (nr = next_cluster (u, nr, nr_clusters, false)) < nr_clusters;
+       nr = end) {
+    end = next_cluster (u, nr, nr_clusters, true);
+
+    const uint64_t offset = nr * cluster_size;
+    const uint64_t length = (end - nr) * cluster_size;
+
+    if (length < shortest || length > longest)
+      continue;
+    for (uint64_t at = 0; at < length; at += MOST_AT_ONCE) {
+      if (now () >= g->deadline)
+        return;
+      punch (g, offset + at, MIN (length - at, MOST_AT_ONCE));
+    }
+  }
+}
+
+void
+giveback (struct store *store, uint64_t cluster_size,
+          const struct image_used *used, struct giveback_budget *budget)
+{
+  static const uint64_t shortest[] = { 1 << 20, 64 << 10, 1 };
+  struct giveback g = { .store = store, .budget = budget };
+  uint64_t longest = UINT64_MAX;
+
   /* The thread that writes back would put more on the disk.  Its error is not lost: it is
    * told again to the one who asks before the file gets its name.
    */
-  (void) store_check_early (g.store);
+  (void) store_check_early (store);
 
   const int64_t start = now ();
   g.deadline = start + budget->nanoseconds;
-  cut_off (&g, o->places.size, end);
-  if (now () < g.deadline)
-    overlay_find_unused (o, punch, &g);
+  cut_off (&g, used->end);
+  for (unsigned i = 0; i < 3; ++i) {
+    punch_unused (&g, cluster_size, used, shortest[i], longest);
+    longest = shortest[i] - 1;
+  }
   budget->nanoseconds -= now () - start;
 }

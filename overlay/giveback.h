@@ -2,8 +2,8 @@
 
 /* Giving back what an overlay file has too much, while somebody waits for the file.
  *
- * That is what only views had, and what lies behind the end of the image.  It can be
- * left where it is: an image says of each cluster whether it is in use.
+ * That is what lies behind the end of the image, and what was free, or only views had.  It
+ * can be left where it is: an image says of each cluster whether it is in use.
  */
 
 #ifndef COW_GIVEBACK_H
@@ -11,7 +11,7 @@
 
 #include <stdint.h>
 
-#include "overlay/overlay.h"
+#include "overlay/store.h"
 
 /* What may be spent on it, for all overlays together. */
 struct giveback_budget {
@@ -25,11 +25,18 @@ struct giveback_budget {
     .nanoseconds = 800000000, .extents = 1024                                 \
   }
 
-/* The file of OVERLAY, whose views were cut off, is an image that ends at END: cut it off
- * there, and punch what is not in use.  If there were views, no more of that is done than
- * BUDGET allows.
+/* What of a file an image uses. */
+struct image_used {
+  uint64_t *words; /* a bit for each cluster; none is used behind them */
+  uint64_t nr_words;
+  uint64_t end; /* where the image ends, in bytes */
+};
+
+/* The file in STORE is an image: cut it off behind that, and punch what is not in use, the
+ * longest ranges first; no more of it than BUDGET allows.
  */
-extern void giveback (struct overlay *overlay, uint64_t end,
+extern void giveback (struct store *store, uint64_t cluster_size,
+                      const struct image_used *used,
                       struct giveback_budget *budget);
 
 #endif /* COW_GIVEBACK_H */

@@ -30,27 +30,31 @@ find_run_of (const struct overlay *o, const struct map *map, uint64_t offset,
     const uint64_t nr = pos >> o->slot_shift;
     const struct slot *slot = map_find (map, nr);
     enum block_state state = BLOCK_HOLE;
-    uint64_t place_offset = 0, piece_end;
+    uint64_t at = 0, piece_end;
 
     if (slot) {
       const struct slot_pair pair = slot_load (slot);
-      const unsigned block = pos >> o->block_shift & (SLOT_BLOCKS - 1);
-      const unsigned last = block + bitmap_run (pair.state, block);
+      const unsigned block = block_in_slot (o, pos);
+      unsigned count = bitmap_run (pair.state, block);
+      uint32_t address = 0;
 
       state = bitmap_state (pair.state, block);
-      place_offset = file_offset (o, pair.place, pos);
-      piece_end = (nr << o->slot_shift) + ((uint64_t) last << o->block_shift);
+      if (state == BLOCK_ALLOCATED)
+        count = slot_in_row (pair, block, count, &address);
+      at = file_offset (o, address, pos);
+      piece_end = (nr << o->slot_shift)
+                  + ((uint64_t) (block + count) << o->block_shift);
     }
     else
       piece_end = map_next (map, nr) << o->slot_shift;
 
     if (pos == offset) {
       run.state = state;
-      run.file_offset = place_offset;
+      run.file_offset = at;
     }
     else if (state != run.state
              || (state == BLOCK_ALLOCATED
-                 && place_offset != run.file_offset + (pos - offset)))
+                 && at != run.file_offset + (pos - offset)))
       break;
     pos = MIN (piece_end, end);
   }
@@ -88,22 +92,29 @@ all_allocated (const struct overlay *o, uint64_t offset, uint64_t end)
 bool
 any_shared (const struct overlay *o, uint64_t offset, uint64_t end)
 {
+  const uint64_t first = offset >> o->slot_shift;
+  const uint64_t last = (end - 1) >> o->slot_shift;
+
   assert_held (&o->request_lock);
   if (!o->map.newest)
     return false;
-  for (uint64_t nr = offset >> o->slot_shift; nr <= (end - 1) >> o->slot_shift;
-       ++nr) {
+  for (uint64_t nr = first; nr <= last; ++nr) {
     const struct slot *slot = map_find (&o->map, nr);
+    const unsigned from = nr == first ? block_in_slot (o, offset) : 0;
+    const unsigned to
+      = nr == last ? block_in_slot (o, end - 1) : SLOT_BLOCKS - 1;
 
-    if (slot && map_is_shared (&o->map, nr, slot_load (slot).place))
+    if (slot
+        && map_shared_blocks (&o->map, nr, slot_load (slot))
+             & bitmap_mask (from, to - from + 1))
       return true;
   }
   return false;
 }
 
 /* Rule 4: the file is read under the request lock, without slot locks.  Should a
- * block be zeroed and punched meanwhile, the zeroes are as good an answer as what was
- * there.  A frozen map and its bytes do not change.
+ * block be zeroed meanwhile, or move, its old address is not used again before this
+ * request has ended (rule 6).  A frozen map and its bytes do not change.
  */
 int
 look (struct disk d, uint64_t offset, uint64_t end, struct run *run, void *buf)
@@ -118,7 +129,7 @@ look (struct disk d, uint64_t offset, uint64_t end, struct run *run, void *buf)
       r = overlay_read_frozen (o, buf, run->length, run->file_offset);
   }
   else {
-    HOLD_SHARED (&o->request_lock);
+    HOLD_REQUEST (o);
     *run = find_run (o, offset, end);
     if (buf && run->state == BLOCK_ALLOCATED)
       r = store_read (&o->store, buf, run->length, run->file_offset);

@@ -37,7 +37,9 @@ extern enum block_state state_at (const struct overlay *overlay,
 extern bool all_allocated (const struct overlay *overlay, uint64_t offset,
                            uint64_t end);
 
-/* Has a frozen map a place of these slots too? */
+/* Has a frozen map any of these blocks at the same address too?  They are all allocated,
+ * or were a moment ago.
+ */
 extern bool any_shared (const struct overlay *overlay, uint64_t offset,
                         uint64_t end);
 

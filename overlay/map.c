@@ -18,9 +18,13 @@
  * - All leaves that map_zero_leaf makes are one, which is constant and belongs to no
  *   map: it is copied before it is changed, and never freed.
  *
- * - The two words of a slot are changed by slot_store only, whose caller holds
- *   the slot lock, so that there is one writer at a time.  Readers take no slot
- *   lock and use slot_load.
+ * - An address node hangs below a slot of a leaf, is made by slot_prepare and stored by
+ *   slot_store (release), both under the slot lock.  For all else it is a node like the
+ *   others.
+ *
+ * - The two words of a slot, and the addresses in a node that belongs to the live map
+ *   alone, are changed by slot_store only, whose caller holds the slot lock, so that there
+ *   is one writer at a time.  Readers take no slot lock and use slot_load.
  *
  * - A node is freed by map_release only, one at a time.  It is in neither neighbour
  *   of the released map, so nobody can come to it any more: not from older or newer
@@ -57,13 +61,21 @@ struct leaf {
   struct slot slots[1 << LEAF_BITS];
 };
 
+/* The addresses of the blocks of a slot.  Those of blocks that are not allocated mean
+ * nothing.
+ */
+struct spread {
+  struct node node;
+  _Atomic uint32_t address[SLOT_BLOCKS];
+};
+
 struct inner {
   struct node node;
   _Atomic (void *) child[1 << INNER_BITS]; /* changes under lock */
   struct mutex lock;                       /* guards the setting of child */
 };
 
-/* All blocks of a whole leaf are zero, and none has a place. */
+/* All blocks of a whole leaf are zero, and none has an address. */
 static const struct leaf zero_leaf = {
   .slots = { [0 ... LEAF_SLOTS - 1] = { .state = UINT64_MAX << 32 } },
 };
@@ -88,6 +100,7 @@ map_init (struct map *map, uint64_t nr_slots)
   atomic_init (&map->root, NULL);
   map->generation = 1;
   map->newest = NULL;
+  map->dead = (struct dead_list) { .open = NULL };
   map->guard = NULL;
 }
 
@@ -116,14 +129,62 @@ free_node (void *node, unsigned level)
   free (node);
 }
 
+/* Where the blocks of a slot lie is one of these (struct slot's where):
+ *
+ *   0           nowhere: none was ever allocated
+ *   a pointer   to its address node, which is aligned, so bit 0 is clear
+ *   a run       bit 0 is set.  Bits 1 to 33: the base, and 32 more, as block 0 would lie up
+ *               to 31 in front of the log's first address.  Bits 34 to 63: the change
+ *               count, which is another one each time a run is stored.
+ */
+#define RUN_BIAS SLOT_BLOCKS
+#define COUNT_SHIFT 34
+#define BASE_MASK ((UINT64_C (1) << 33) - 1)
+
+_Static_assert(_Alignof(struct spread) > 1, "bit 0 tells runs from nodes");
+
+static bool
+is_run (uint64_t where)
+{
+  return where & 1;
+}
+
+static struct spread *
+spread_of (uint64_t where)
+{
+  return is_run (where) ? NULL : (struct spread *) (uintptr_t) where;
+}
+
+/* BIASED is the base and RUN_BIAS. */
+static uint64_t
+run_word (uint64_t biased, uint64_t count)
+{
+  return 1 | biased << 1 | count << COUNT_SHIFT;
+}
+
+static uint64_t
+biased_base (uint64_t where)
+{
+  return where >> 1 & BASE_MASK;
+}
+
+/* Free a leaf, or an inner node, and all below it. */
 static void
 free_tree (void *node, unsigned level)
 {
-  if (node && level > 0) {
+  if (!node || node == &zero_leaf)
+    return;
+  if (level > 0) {
     struct inner *inner = node;
 
     for (unsigned i = 0; i < 1 << INNER_BITS; ++i)
       free_tree (atomic_load (&inner->child[i]), level - 1);
+  }
+  else {
+    struct leaf *leaf = node;
+
+    for (unsigned i = 0; i < LEAF_SLOTS; ++i)
+      free (spread_of (atomic_load (&leaf->slots[i].where)));
   }
   free_node (node, level);
 }
@@ -132,6 +193,7 @@ void
 map_destroy (struct map *map)
 {
   free_tree (atomic_load (&map->root), map->levels);
+  dead_destroy (&map->dead);
   mutex_destroy (&map->lock);
 }
 
@@ -306,43 +368,192 @@ map_in_row (const struct map *map, uint64_t nr)
   return MIN (leaf_end, map->nr_slots) - nr;
 }
 
+/*----------------------------------------------------------------------
+ * Slots
+ */
+
+/* A `where' that is found twice was there all the time between: no run is stored twice,
+ * as it has a count, and a node that the slot has left does not come back to it, nor is its
+ * memory used again before the caller lets go of the lock.  So both words were there at
+ * once, when the state was looked at between those two looks.
+ *
+ * In terms of the stores (release) and loads (acquire): slot_store stores a state, then
+ * `where', then a state.  Whoever finds a `where' finds the state that was stored before
+ * it, or a later one, when he looks at that afterwards; and whoever finds a state that was
+ * stored after a `where' finds that one, or a later one, and not the one before.
+ */
 struct slot_pair
 slot_load (const struct slot *slot)
 {
   struct slot_pair pair, again;
 
   again.state = atomic_load_explicit (&slot->state, memory_order_acquire);
-  again.place = atomic_load_explicit (&slot->place, memory_order_acquire);
+  again.where = atomic_load_explicit (&slot->where, memory_order_acquire);
   do {
     pair = again;
     again.state = atomic_load_explicit (&slot->state, memory_order_acquire);
-    again.place = atomic_load_explicit (&slot->place, memory_order_acquire);
-  } while (pair.state != again.state || pair.place != again.place);
+    again.where = atomic_load_explicit (&slot->where, memory_order_acquire);
+  } while (pair.state != again.state || pair.where != again.where);
   return pair;
 }
 
-void
-slot_store (struct slot *slot, struct slot_pair pair)
+uint32_t
+slot_address (struct slot_pair pair, unsigned block)
 {
-  const uint64_t old_state
-    = atomic_load_explicit (&slot->state, memory_order_relaxed);
-  const uint64_t old_place
-    = atomic_load_explicit (&slot->place, memory_order_relaxed);
+  if (is_run (pair.where))
+    return (uint32_t) (biased_base (pair.where) + block - RUN_BIAS);
 
-  /* Rule 1: bits that stop being allocated, then the place, then bits that
-   * become allocated.  Blocks of the last kind keep their old state until
-   * then: never does a block look like a hole in between.
+  /* The node was complete when `where' was stored, and each address that changed since was
+   * stored before the state in which PAIR has it allocated (both release; slot_load
+   * acquires).  So it is that one or a newer one.  That a newer one has its bytes too is
+   * what the acquire here is for: they were in the file when it was stored (release).
    */
-  if (pair.place != old_place) {
+  return atomic_load_explicit (&spread_of (pair.where)->address[block],
+                               memory_order_acquire);
+}
+
+unsigned
+slot_in_row (struct slot_pair pair, unsigned first, unsigned count,
+             uint32_t *address)
+{
+  unsigned in_row = 1;
+
+  *address = slot_address (pair, first);
+  if (is_run (pair.where))
+    return count;
+  while (in_row < count
+         && slot_address (pair, first + in_row) == *address + in_row)
+    in_row++;
+  return in_row;
+}
+
+/* Without the slot lock, addresses may be newer than PAIR.  As long as the request lock is
+ * held, a block that is not shared does not become shared: no address that a frozen map has
+ * is given out.  So who looks at addresses again afterwards finds none that is shared.
+ */
+uint32_t
+map_shared_blocks (const struct map *map, uint64_t nr, struct slot_pair pair)
+{
+  assert_guarded (map);
+
+  const struct slot *slot
+    = map->newest && pair.where ? map_find (&map->newest->map, nr) : NULL;
+  const struct slot_pair frozen
+    = slot ? slot_load (slot) : (struct slot_pair) { .where = 0 };
+  uint32_t both
+    = bitmap_allocated (pair.state) & bitmap_allocated (frozen.state);
+
+  if (!both || frozen.where == pair.where)
+    return both;
+  if (is_run (frozen.where) && is_run (pair.where))
+    return biased_base (frozen.where) == biased_base (pair.where) ? both : 0;
+  for (uint32_t left = both; left; left &= left - 1) {
+    const unsigned block = (unsigned) __builtin_ctz (left);
+
+    if (slot_address (frozen, block) != slot_address (pair, block))
+      both &= ~bitmap_mask (block, 1);
+  }
+  return both;
+}
+
+/* Where a block lies when the step is done. */
+static uint32_t
+address_after (const struct slot_step *step, unsigned block)
+{
+  return step->fresh >> block & 1 ? step->to[block]
+                                  : slot_address (step->found, block);
+}
+
+/* Do all blocks lie in a row then?  Its base, and RUN_BIAS, in *BIASED. */
+static bool
+is_row_after (const struct slot_step *step, uint64_t *biased)
+{
+  uint32_t left = bitmap_allocated (step->state);
+  unsigned block = (unsigned) __builtin_ctz (left);
+
+  *biased = (uint64_t) address_after (step, block) + RUN_BIAS - block;
+  while (left &= left - 1) {
+    block = (unsigned) __builtin_ctz (left);
+    if ((uint64_t) address_after (step, block) + RUN_BIAS - block != *biased)
+      return false;
+  }
+  return true;
+}
+
+/* Blocks get their addresses in the slot's own node, if it has one; else in a run, if that
+ * is possible, and if not, in a new node.  A slot that has a node does not become a run
+ * again.
+ */
+int
+slot_prepare (const struct map *map, struct slot_step *step)
+{
+  assert_guarded (map);
+
+  const uint64_t found = step->found.where;
+  struct spread *node = spread_of (found);
+  uint64_t biased;
+
+  step->where = found;
+  if (!step->fresh || (node && !is_to_be_made (map, &node->node)))
+    return 0;
+  if (!node && is_row_after (step, &biased)) {
+    if (!is_run (found) || biased_base (found) != biased)
+      step->where = run_word (biased, (found >> COUNT_SHIFT) + 1);
+    return 0;
+  }
+
+  node = calloc (1, sizeof *node);
+  if (!node)
+    return -1;
+  /* Nobody else sees the node before slot_store stores the pointer to it (release). */
+  node->node.generation = map->generation;
+  for (uint32_t left = bitmap_allocated (step->state); left;
+       left &= left - 1) {
+    const unsigned block = (unsigned) __builtin_ctz (left);
+
+    atomic_init (&node->address[block], address_after (step, block));
+  }
+  step->where = (uintptr_t) node;
+  return 0;
+}
+
+void
+slot_cancel (const struct slot_step *step)
+{
+  if (step->where != step->found.where)
+    free (spread_of (step->where));
+}
+
+void
+slot_store (struct slot *slot, const struct slot_step *step)
+{
+  /* Rule 1: bits that stop being allocated, then addresses, then bits that become
+   * allocated.  Blocks of the last kind keep their old state until then: never does a block
+   * look like a hole in between.
+   *
+   * Each store is a release, so whoever finds it (acquire) finds those before it too, and
+   * the bytes.  A block that stays allocated and moves has its bytes at both addresses, of
+   * before and of now, so that it does not matter which one is found with the same state.
+   */
+  if (step->fresh) {
     const uint64_t later
-      = bitmap_allocated (pair.state) & ~bitmap_allocated (old_state);
+      = bitmap_allocated (step->state) & ~bitmap_allocated (step->found.state);
     const uint64_t both = later | later << 32;
-    const uint64_t between = (pair.state & ~both) | (old_state & both);
+    const uint64_t between
+      = (step->state & ~both) | (step->found.state & both);
 
     atomic_store_explicit (&slot->state, between, memory_order_release);
-    atomic_store_explicit (&slot->place, pair.place, memory_order_release);
+    if (step->where != step->found.where)
+      atomic_store_explicit (&slot->where, step->where, memory_order_release);
+    else if (!is_run (step->where))
+      for (uint32_t left = step->fresh; left; left &= left - 1) {
+        const unsigned block = (unsigned) __builtin_ctz (left);
+
+        atomic_store_explicit (&spread_of (step->where)->address[block],
+                               step->to[block], memory_order_release);
+      }
   }
-  atomic_store_explicit (&slot->state, pair.state, memory_order_release);
+  atomic_store_explicit (&slot->state, step->state, memory_order_release);
 }
 
 /*----------------------------------------------------------------------
@@ -356,52 +567,20 @@ map_freeze (struct map *map, struct frozen_map *frozen)
 
   map_init (&frozen->map, map->nr_slots);
   atomic_init (&frozen->map.root, atomic_load (&map->root));
+  dead_swap (&frozen->map.dead, &map->dead);
   frozen->generation = map->generation++;
   frozen->older = map->newest;
   map->newest = frozen;
 }
 
-bool
-map_is_shared (const struct map *map, uint64_t nr, uint64_t place)
+struct map *
+map_next_newer (struct map *map, const struct frozen_map *frozen)
 {
   assert_guarded (map);
 
-  const struct slot *slot
-    = map->newest && place ? map_find (&map->newest->map, nr) : NULL;
+  struct map *next = map;
 
-  return slot && slot_load (slot).place == place;
-}
-
-uint32_t
-map_frozen_blocks (const struct map *map, uint64_t nr, uint64_t place)
-{
-  assert_guarded (map);
-
-  uint32_t blocks = 0;
-
-  /* Those that have the place follow one another: a slot that has left a place does
-   * not come back to it as long as any map has it.
-   */
-  for (const struct frozen_map *f = map->newest; f; f = f->older) {
-    const struct slot *slot = map_find (&f->map, nr);
-    const struct slot_pair pair
-      = slot ? slot_load (slot) : (struct slot_pair) { .place = 0 };
-
-    if (pair.place != place)
-      break;
-    blocks |= bitmap_allocated (pair.state);
-  }
-  return blocks;
-}
-
-const struct map *
-map_next_newer (const struct map *map, const struct frozen_map *frozen)
-{
-  assert_guarded (map);
-
-  const struct map *next = map;
-
-  for (const struct frozen_map *f = map->newest;
+  for (struct frozen_map *f = map->newest;
        f && f->generation > frozen->generation; f = f->older)
     next = &f->map;
   return next;
@@ -412,12 +591,13 @@ map_unlink (struct map *map, struct frozen_map *frozen)
 {
   assert_guarded_exclusively (map);
 
-  const struct map *newer = map_next_newer (map, frozen);
+  struct map *newer = map_next_newer (map, frozen);
   struct frozen_map **link = &map->newest;
 
   while (*link != frozen)
     link = &(*link)->older;
   *link = frozen->older;
+  dead_swap (&newer->dead, &frozen->map.dead);
 
   frozen->newer_root = atomic_load (&newer->root);
   frozen->older_root
@@ -429,45 +609,35 @@ struct trio {
   void *mine, *older, *newer;
 };
 
-static void
-release_slots (struct trio t, uint64_t first,
-               const struct map_release *release)
+static uint64_t
+where_in (const struct leaf *leaf, unsigned i)
 {
-  for (unsigned i = 0; i < 1 << LEAF_BITS; ++i) {
-    const struct slot_pair none = { .place = 0 };
-    const struct slot_pair mine = slot_load (slot_in_leaf (t.mine, i));
-    const struct slot_pair older
-      = t.older ? slot_load (slot_in_leaf (t.older, i)) : none;
-    const struct slot_pair newer
-      = t.newer ? slot_load (slot_in_leaf (t.newer, i)) : none;
+  return leaf
+           ? atomic_load_explicit (&leaf->slots[i].where, memory_order_acquire)
+           : 0;
+}
 
-    if (mine.place == 0 || mine.place == older.place)
-      continue;
-    if (mine.place != newer.place)
-      release->place_is_free (release->opaque, mine.place);
-    else {
-      const uint32_t blocks
-        = bitmap_allocated (mine.state) & ~bitmap_allocated (newer.state);
+/* Free the address nodes that are only in T.MINE, a leaf. */
+static void
+release_spread (struct trio t)
+{
+  for (unsigned i = 0; i < LEAF_SLOTS; ++i) {
+    const uint64_t where = where_in (t.mine, i);
 
-      if (blocks)
-        release->blocks_are_free (release->opaque, first + i, mine.place,
-                                  blocks);
-    }
+    if (where != where_in (t.older, i) && where != where_in (t.newer, i))
+      free (spread_of (where));
   }
 }
 
-/* Free what is only in T.MINE, whose first slot is FIRST. */
+/* Free what is only in T.MINE. */
 static void
-release_tree (struct trio t, unsigned level, uint64_t first,
-              const struct map_release *release)
+release_tree (struct trio t, unsigned level)
 {
   if (!t.mine || t.mine == t.older || t.mine == t.newer)
     return;
 
-  if (level == 0) {
-    if (release)
-      release_slots (t, first, release);
-  }
+  if (level == 0)
+    release_spread (t);
   else
     for (unsigned i = 0; i < 1 << INNER_BITS; ++i) {
       const struct inner *const inner[] = { t.mine, t.older, t.newer };
@@ -477,19 +647,18 @@ release_tree (struct trio t, unsigned level, uint64_t first,
         if (inner[j])
           child[j]
             = atomic_load_explicit (&inner[j]->child[i], memory_order_acquire);
-      release_tree ((struct trio) { child[0], child[1], child[2] }, level - 1,
-                    first + ((uint64_t) i << bits_below (level)), release);
+      release_tree ((struct trio) { child[0], child[1], child[2] }, level - 1);
     }
   free_node (t.mine, level);
 }
 
 void
-map_release (struct frozen_map *frozen, const struct map_release *release)
+map_release (struct frozen_map *frozen)
 {
   assert_none_held_from (RANK_SLOT);
   release_tree ((struct trio) { .mine = atomic_load (&frozen->map.root),
                                 .older = frozen->older_root,
                                 .newer = frozen->newer_root },
-                frozen->map.levels, 0, release);
+                frozen->map.levels);
   mutex_destroy (&frozen->map.lock);
 }

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The map of an overlay: slot number → { place, state word }.
+/* The map of an overlay: slot number → { where its blocks lie, state word }.
  *
  * A radix tree, whose nodes are made on first touch, so that memory follows
  * what was written and not the size of the disk.  A leaf has 256 slots
  * (4 KiB), an inner node 512 pointers; there are as many levels as the disk
- * needs.
+ * needs.  Below a leaf come the address nodes of those slots whose blocks do not lie
+ * in the log as on the disk.
  *
  * A map can be frozen, any number of times: that takes its root, and from then on a
  * node is copied before it is changed.  The frozen maps that are held form a list by
@@ -20,17 +21,17 @@
 #include <stdint.h>
 
 #include "common/lock.h"
+#include "overlay/dead.h"
 
 /* One slot of the disk: SLOT_BLOCKS blocks. */
 struct slot {
-  _Atomic uint64_t place; /* where its bytes lie in the overlay file, in
-                           * units of slots; 0: nowhere yet */
+  _Atomic uint64_t where; /* its allocated blocks lie in the log; see map.c */
   _Atomic uint64_t state; /* state word, see bitmap.h */
 };
 
 /* Both words of a slot, as they were at one moment. */
 struct slot_pair {
-  uint64_t place;
+  uint64_t where;
   uint64_t state;
 };
 
@@ -48,6 +49,8 @@ struct map {
   uint64_t generation;   /* of nodes that are made now.  This and the next one
                            * change under the exclusive request lock only */
   struct frozen_map *newest; /* frozen map that is held, or NULL */
+  struct dead_list
+    dead; /* what the newest frozen map owns and this one does not */
   const struct rwlock
     *guard; /* the request lock; NULL: of a frozen map, or nobody
                                * else has it.  Constant */
@@ -57,7 +60,8 @@ struct map {
  * map_freeze to map_unlink) reads it without a lock.
  */
 struct frozen_map {
-  struct map map;      /* for map_find and map_next; constant */
+  struct map map; /* for map_find and map_next; constant but for map.dead: what
+                        * the next older map owns and this one does not */
   uint64_t generation; /* of its newest nodes, at the most; constant */
   struct frozen_map
     *older; /* in the list of those that are held; changes under
@@ -109,63 +113,82 @@ extern uint64_t map_in_row (const struct map *map, uint64_t nr);
  */
 extern uint64_t map_next (const struct map *map, uint64_t nr);
 
+/*----------------------------------------------------------------------
+ * A slot.  Addresses are those of the log: where a block lies, in blocks; 0: nowhere.
+ */
+
 /* Both words of the slot as one consistent pair.  Needs no slot lock; the
  * caller holds the request lock, or the frozen map.
  */
 extern struct slot_pair slot_load (const struct slot *slot);
 
-/* Change the slot, which map_touch found, to PAIR in the order that rule 1 of
- * HACKING demands.  Caller holds the slot lock and the request lock, and all bytes
- * that this makes visible are in the file.
+/* Where a BLOCK lies that PAIR says is allocated.  Of the live map it may be newer than
+ * PAIR, never older: either has the block's bytes as long as the caller holds the request
+ * lock.  Caller holds that, or the frozen map.
  */
-extern void slot_store (struct slot *slot, struct slot_pair pair);
+extern uint32_t slot_address (struct slot_pair pair, unsigned block);
 
-/* Freeze the map, into FROZEN.  Takes no longer for a large map.  Caller holds the
- * request lock exclusively.
+/* How many blocks from FIRST on, COUNT at the most (at least 1), lie one behind the
+ * other.  PAIR says that they are all allocated.  The first of them lies at *ADDRESS.
+ * Caller as above.
+ */
+extern unsigned slot_in_row (struct slot_pair pair, unsigned first,
+                             unsigned count, uint32_t *address);
+
+/* The blocks of slot NR that are allocated in PAIR and shared: the newest frozen map that
+ * is held has them allocated at the same addresses.  Those are not written to.  Caller
+ * holds the request lock.  Of the live map, addresses may be newer than PAIR; so whoever
+ * does not hold the slot lock looks at them again afterwards, in the same hold.
+ */
+extern uint32_t map_shared_blocks (const struct map *map, uint64_t nr,
+                                   struct slot_pair pair);
+
+/* A slot of the live map on its way from one state to the next. */
+struct slot_step {
+  struct slot_pair found; /* under the slot lock */
+  uint64_t state;         /* what it becomes */
+  uint32_t fresh;     /* blocks, allocated in that, that get a new address; */
+  const uint32_t *to; /* to[block] is it.  NULL if there are none */
+  uint64_t where;     /* by slot_prepare */
+};
+
+/* Get what slot_store needs.  -1 and ENOMEM.  After 0 comes slot_store or slot_cancel, in
+ * the same hold of the slot lock and the request lock.
+ */
+extern int slot_prepare (const struct map *map, struct slot_step *step);
+extern void slot_cancel (const struct slot_step *step);
+
+/* Change the slot, which map_touch found, in the order that rule 1 of HACKING
+ * demands.  Caller holds the slot lock and the request lock, and all bytes that this makes
+ * visible are in the file.
+ */
+extern void slot_store (struct slot *slot, const struct slot_step *step);
+
+/*----------------------------------------------------------------------
+ * Frozen maps
+ */
+
+/* Freeze the map, into FROZEN, which gets its dead list.  Takes no longer for a large
+ * map.  Caller holds the request lock exclusively.
  */
 extern void map_freeze (struct map *map, struct frozen_map *frozen);
-
-/* Is the PLACE of slot NR shared, so that nothing in it may be changed: has the newest
- * frozen map that is held the same one?  Caller holds the request lock.
- */
-extern bool map_is_shared (const struct map *map, uint64_t nr, uint64_t place);
-
-/* The blocks of slot NR that frozen maps have allocated in PLACE, where it is now.
- * Caller holds the request lock.
- */
-extern uint32_t map_frozen_blocks (const struct map *map, uint64_t nr,
-                                   uint64_t place);
 
 /* The oldest frozen map that is newer than FROZEN, else the live one.  Caller holds
  * the request lock.
  */
-extern const struct map *map_next_newer (const struct map *map,
-                                         const struct frozen_map *frozen);
+extern struct map *map_next_newer (struct map *map,
+                                   const struct frozen_map *frozen);
 
-/* Nobody reads the frozen map any more: take it out of the list.  Caller holds the
- * request lock exclusively, and the release lock, which it keeps until map_release
- * is done.
+/* Nobody reads the frozen map any more: take it out of the list.  Its next newer
+ * neighbour gets its dead list, and it has that one's then: of what is in it, nobody owns
+ * what FROZEN->older does not.  Caller holds the request lock exclusively, and the
+ * release lock, which it keeps until map_release is done.
  */
 extern void map_unlink (struct map *map, struct frozen_map *frozen);
 
-/* What map_release finds. */
-struct map_release {
-  /* Only the released map had PLACE. */
-  void (*place_is_free) (void *opaque, uint64_t place);
-
-  /* The next newer map has slot NR at the same place, and the older one has not;
-   * of BLOCKS, which were allocated, it had none when it was looked at: zeroed
-   * while they were shared, they have not been punched.
-   */
-  void (*blocks_are_free) (void *opaque, uint64_t nr, uint64_t place,
-                           uint32_t blocks);
-  void *opaque;
-};
-
-/* Free the nodes that only the unlinked map had, and tell RELEASE (NULL: nobody) what
- * of the file is not needed any more.  Caller holds the release lock and no other.
+/* Free the nodes that only the unlinked map had.  Caller holds the release lock and no
+ * other.
  */
-extern void map_release (struct frozen_map *frozen,
-                         const struct map_release *release);
+extern void map_release (struct frozen_map *frozen);
 
 #endif /* COW_MAP_H */

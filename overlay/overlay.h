@@ -12,6 +12,7 @@
 
 #include "format/qcow2.h"
 
+struct cleaner;
 struct frozen_map;
 struct map;
 struct store;
@@ -30,6 +31,7 @@ struct overlay_options {
   bool
     detect_zeroes; /* blocks of zeroes that are written become zero blocks */
   const char *dir; /* where their files are made; must live as long as they */
+  struct cleaner *cleaner; /* the same; NULL: rounds are done by hand */
   enum overlay_fate fate;
   enum qcow2_l2_format format; /* of the image */
 };
@@ -96,29 +98,20 @@ extern void overlay_close (struct overlay *overlay);
  */
 extern void overlay_cut_views (struct overlay *overlay);
 
-/* Were there any, when they were cut off? */
-extern bool overlay_had_views (const struct overlay *overlay);
-
-/* Call FUNCTION for ranges of the file that only views had, when they were cut off,
- * until it returns false.  Long ones come first.
- */
-extern void overlay_find_unused (struct overlay *overlay,
-                                 bool (*function) (void *opaque,
-                                                   uint64_t offset,
-                                                   uint64_t count),
-                                 void *opaque);
-
 /* Bytes of the file at OFFSET, for who holds a frozen map that has them.  -1 and
  * errno; ESHUTDOWN when views were cut off.
  */
 extern int overlay_read_frozen (struct overlay *overlay, void *buf,
                                 uint64_t count, uint64_t offset);
 
-/* What an image of the overlay is made of, and how its file is laid out.  The
- * overlay must be closed and not THROWN_AWAY.
+/* What an image of the overlay is made of, and how its file is laid out: in the form that
+ * was asked for, but that the geometry of its tables is the portable one wherever the disk
+ * allows that.  The overlay must be closed and not THROWN_AWAY.
  */
 extern const struct map *overlay_map (const struct overlay *overlay);
 extern struct store *overlay_store (struct overlay *overlay);
 extern struct tables *overlay_tables (struct overlay *overlay);
+extern const struct qcow2_geometry *
+overlay_geometry (const struct overlay *overlay);
 
 #endif /* COW_OVERLAY_H */

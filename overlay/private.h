@@ -11,10 +11,14 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "bitmap.h"
+#include "common/cleanup.h"
 #include "common/lock.h"
+#include "overlay/cleaner.h"
+#include "overlay/grace.h"
+#include "overlay/log.h"
 #include "overlay/map.h"
 #include "overlay/overlay.h"
-#include "overlay/places.h"
 #include "overlay/store.h"
 #include "overlay/tables.h"
 
@@ -44,30 +48,39 @@ enum overlay_life {
 };
 
 struct overlay {
-  uint64_t size;          /* of the disk, in bytes; constant */
-  unsigned block_shift;   /* log2 of the block size; constant */
-  unsigned slot_shift;    /* log2 of the slot size; constant */
-  bool detect_zeroes;     /* constant */
-  enum overlay_fate fate; /* constant */
-  struct tables tables;   /* if has_tables; has its own lock */
-  struct store store;     /* the file; has its own lock */
-  struct places places;   /* in it; has its own lock */
+  uint64_t size;                  /* of the disk, in bytes; constant */
+  unsigned block_shift;           /* log2 of the block size; constant */
+  unsigned slot_shift;            /* log2 of the slot size; constant */
+  bool detect_zeroes;             /* constant */
+  enum overlay_fate fate;         /* constant */
+  struct qcow2_geometry geometry; /* of an image; constant */
+  struct tables tables;           /* if has_tables; has its own lock */
+  struct store store;             /* the file; has its own lock */
+  struct log log;                 /* in it; has its own lock */
 
   /* Who holds the request lock knows whether it is open, who holds the release lock or
    * the view lock whether views are cut off.
    */
   _Atomic (enum overlay_life) life;
-  bool had_views;      /* when they were cut off; then constant */
   atomic_bool changed; /* set before the first change of a slot */
 
   /* Looked at under the request lock; slots are changed under their slot lock too. */
   struct map map;
   struct frozen_map last; /* if closed: as it is to be saved */
+  struct mutex
+    dead_lock; /* guards the dead lists of all these maps, as far as others
+                           * can come to them */
+
+  struct grace
+    grace; /* of all who hold the request lock and look at the live map */
+  struct cleaning cleaning;
 
   struct mutex release_lock; /* held while a frozen map is released */
   struct mutex slot_locks[NR_STRIPES];
   struct rwlock request_lock;
-  struct rwlock view_lock; /* held shared by views while they read the file */
+  struct rwlock
+    view_lock; /* held shared by views while they read the file, and by
+                            * requests that use it without the request lock */
 };
 
 static inline uint64_t
@@ -82,13 +95,18 @@ slot_size (const struct overlay *o)
   return UINT64_C (1) << o->slot_shift;
 }
 
-/* Where the byte at OFFSET of the disk lies in the file, its slot being at
- * PLACE.
- */
-static inline uint64_t
-file_offset (const struct overlay *o, uint64_t place, uint64_t offset)
+/* The byte at OFFSET of the disk lies in this block of its slot. */
+static inline unsigned
+block_in_slot (const struct overlay *o, uint64_t offset)
 {
-  return (place << o->slot_shift) + (offset & (slot_size (o) - 1));
+  return offset >> o->block_shift & (SLOT_BLOCKS - 1);
+}
+
+/* Where the byte at OFFSET of the disk lies in the file, its block being at ADDRESS. */
+static inline uint64_t
+file_offset (const struct overlay *o, uint32_t address, uint64_t offset)
+{
+  return log_offset (&o->log, address) + (offset & (block_size (o) - 1));
 }
 
 /* Is the overlay to become an image? */
@@ -106,12 +124,56 @@ is_closed (const struct overlay *o)
   return atomic_load (&o->life) != OVERLAY_OPEN;
 }
 
-/* As much of the file is punched at once, and with locks held. */
-#define PUNCH_BYTES (16u << 20)
+/* Does the file belong to the one who saves, so that nobody else changes it?  Caller holds
+ * the view lock or the release lock.
+ */
+static inline bool
+views_are_cut (const struct overlay *o)
+{
+  assert_either_held (&o->view_lock, &o->release_lock);
+  return atomic_load (&o->life) == OVERLAY_CUT;
+}
 
-/* Punch these blocks of the slot at PLACE. */
-extern void overlay_punch_blocks (const struct overlay *overlay,
-                                  uint64_t place, uint32_t blocks);
+/* A request is under way: it holds the request lock, and is counted, so that addresses
+ * that it has found are not given to others (rule 6).
+ */
+static inline grace_ticket
+request_begin (struct overlay *o)
+{
+  rwlock_lock_shared (&o->request_lock);
+  return grace_enter (&o->grace);
+}
+
+static inline void
+request_end (struct overlay *o, grace_ticket ticket)
+{
+  grace_leave (ticket);
+  rwlock_unlock (&o->request_lock);
+}
+
+struct request_hold {
+  struct overlay *o;
+  grace_ticket ticket;
+};
+
+static inline void
+cleanup_request (struct request_hold *hold)
+{
+  request_end (hold->o, hold->ticket);
+}
+
+/* The same, until the scope is left. */
+#define HOLD_REQUEST(o)                                                       \
+  __attribute__ ((cleanup (cleanup_request), unused)) struct request_hold     \
+  COW_CONCAT (held_, __LINE__)                                                \
+    = { (o), request_begin (o) }
+
+/* A round of the cleaner, by hand. */
+static inline void
+overlay_clean (struct overlay *o)
+{
+  cleaning_round (&o->cleaning);
+}
 
 /* Take the slot locks that have a bit in STRIPES, in ascending order. */
 extern void overlay_lock_stripes (struct overlay *overlay, uint64_t stripes);

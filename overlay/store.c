@@ -2,7 +2,7 @@
 
 /* The overlay file (see store.h).
  *
- * Whoever took a part of it (places.c) has it alone, so that reading, writing and
+ * Whoever took a part of it (log.c) has it alone, so that reading, writing and
  * punching need no lock.
  *
  * Knows nothing of blocks, of the map, or of nbdkit.
@@ -32,7 +32,6 @@ store_init (struct store *store, const char *dir, enum newfile_use use,
   store->use = use;
   store->write_back = write_back;
   mutex_init (&store->lock, RANK_STORE);
-  atomic_init (&store->no_clone, false);
   store->file = NEWFILE_NONE;
   writeback_init (&store->writeback);
 }
@@ -141,36 +140,12 @@ store_writev (const struct store *store, struct iovec *iov, int nr_iov,
   }
 }
 
-/* True if the file system shares the bytes of a range with another one. */
-static bool
-clone_range (struct store *store, uint64_t from, uint64_t to, uint64_t count)
-{
-  struct file_clone_range range = {
-    .src_fd = store->file.fd,
-    .src_offset = from,
-    .src_length = count,
-    .dest_offset = to,
-  };
-
-  if (atomic_load_explicit (&store->no_clone, memory_order_relaxed))
-    return false;
-  if (ioctl (store->file.fd, FICLONERANGE, &range) == 0)
-    return true;
-
-  /* ENOSPC and the like say nothing of the next time. */
-  if (errno == EOPNOTSUPP || errno == ENOTTY || errno == EINVAL
-      || errno == ENOSYS)
-    atomic_store_explicit (&store->no_clone, true, memory_order_relaxed);
-  return false;
-}
-
 int
-store_copy (struct store *store, uint64_t from, uint64_t to, uint64_t count)
+store_copy (const struct store *store, uint64_t from, uint64_t to,
+            uint64_t count)
 {
   char buf[64 << 10];
 
-  if (clone_range (store, from, to, count))
-    return 0;
   while (count > 0) {
     const size_t n = MIN (count, sizeof buf);
     struct iovec iov = { .iov_base = buf, .iov_len = n };
@@ -198,16 +173,28 @@ store_punch (const struct store *store, uint64_t offset, uint64_t count)
   errno = err;
 }
 
-int
-store_set_aside (const struct store *store, uint64_t offset, uint64_t count)
+static int
+allocate (const struct store *store, int mode, uint64_t offset, uint64_t count)
 {
   int r;
 
-  while ((r = fallocate (store->file.fd, 0, (off_t) offset, (off_t) count))
+  while ((r = fallocate (store->file.fd, mode, (off_t) offset, (off_t) count))
            == -1
          && errno == EINTR)
     ;
   return r;
+}
+
+int
+store_set_aside (const struct store *store, uint64_t offset, uint64_t count)
+{
+  return allocate (store, 0, offset, count);
+}
+
+int
+store_zero_range (const struct store *store, uint64_t offset, uint64_t count)
+{
+  return allocate (store, FALLOC_FL_ZERO_RANGE, offset, count);
 }
 
 int
@@ -233,6 +220,7 @@ store_extents_on_disk (const struct store *store, uint64_t offset,
   const uint64_t end = offset + count;
   uint64_t nr = 0;
 
+  memset (&answer, 0, sizeof answer);
   while (offset < end && nr < most) {
     answer.map = (struct fiemap) { .fm_start = offset,
                                    .fm_length = end - offset,

@@ -3,7 +3,7 @@
 /* The overlay file, and the bytes in it.
  *
  * The file is sparse, and has no name unless it is published.  Who gets which part of
- * it is in places.h.
+ * it is in log.h.
  */
 
 #ifndef COW_STORE_H
@@ -29,11 +29,10 @@ struct store {
   const char *dir; /* constant, as are the next two */
   enum newfile_use use;
   enum store_write_back write_back;
-  atomic_bool no_clone; /* the file system cannot share ranges of a file */
-  struct mutex lock;    /* held while the file is made */
+  struct mutex lock; /* held while the file is made */
   struct newfile
     file; /* none until store_make_file, then constant: whoever has
-                         * called that, or has a place, uses it without the lock */
+                         * called that, or an address, uses it without the lock */
   struct writeback writeback; /* if early */
 };
 
@@ -63,7 +62,8 @@ extern void store_destroy (struct store *store);
 /* Make the file if it is not there yet.  -1 and errno. */
 extern int store_make_file (struct store *store);
 
-/* Read or write at a byte offset of the file, in a part that the caller has.  All of it is done, or -1 is returned with errno.
+/* Read or write at a byte offset of the file, in a part that the caller has.  All of it
+ * is done, or -1 is returned with errno.
  * store_writev may change the elements of IOV.
  */
 extern int store_read (const struct store *store, void *buf, size_t count,
@@ -77,17 +77,21 @@ extern int store_writev (const struct store *store, struct iovec *iov,
 extern void store_punch (const struct store *store, uint64_t offset,
                          uint64_t count);
 
-/* Copy COUNT bytes at offset FROM of the file to offset TO, which the caller has;
- * where the file system can share them, it does.  -1 and errno.
+/* Copy COUNT bytes at offset FROM of the file to offset TO, which the caller has.  -1 and
+ * errno.
  */
-extern int store_copy (struct store *store, uint64_t from, uint64_t to,
+extern int store_copy (const struct store *store, uint64_t from, uint64_t to,
                        uint64_t count);
 
-/* Set space aside for a range that the caller has, so that writing there cannot fail for want of it.  What is there stays.  -1 and errno;
- * EOPNOTSUPP where the file system cannot do that.
+/* Set space aside for a range that the caller has, so that writing there
+ * cannot fail for want of it.  What is there stays.  -1 and errno; EOPNOTSUPP where the file system cannot do that.
  */
 extern int store_set_aside (const struct store *store, uint64_t offset,
                             uint64_t count);
+
+/* The same, and it reads as zeroes then. */
+extern int store_zero_range (const struct store *store, uint64_t offset,
+                             uint64_t count);
 
 /* How long the file is, in *SIZE.  -1 and errno. */
 extern int store_size (const struct store *store, uint64_t *size);

@@ -2,23 +2,26 @@
 
 /* Space for the tables of a qcow2 image in an overlay file (see tables.h).
  *
- *   +--------+----------+----------------+---------+---------+---------+--
- *   | header | L1 table | refcount table |  place  |  place  |  place  | ...
- *   +--------+----------+----------------+---------+---------+---------+--
- *    the head, mostly a hole              bytes of slots, and here and there
- *                                         L2 tables and refcount blocks
+ *   +--------+----------+----------------+-------+-------+-------+--
+ *   | header | L1 table | refcount table | block | block | block | ...
+ *   +--------+----------+----------------+-------+-------+-------+--
+ *    the head, mostly a hole              the disk's, and here and there L2 tables
+ *                                         and refcount blocks
+ *
+ * A block of the log is a cluster of the image.
  *
  * The head has its final layout from the start, for an L1 table must lie in one
  * piece.  Space in it is set aside page by page, as the disk is touched.  A refcount
  * table that gets too long for the head, as that of a file with old versions of the
- * disk does, moves to places in a row.
+ * disk does, moves to blocks in a row.
  *
- * What is needed: one cluster for each L2 table with an entry that is not "hole",
- * and refcount blocks for all of the file.  They are set aside in advance by a few
- * at a time, so that most requests find enough.  Too much is given back by
- * the save; too little cannot be, as change.c asks before it changes a slot.
+ * What is needed: one cluster for each L2 table with an entry that is not "hole", but a few
+ * for all those in which every entry is "zero"; and refcount blocks for all of the file.
+ * They are set aside in advance by a few at a time, so that most requests find enough.  Too
+ * much is given back by the save; too little cannot be, as change.c asks before it
+ * changes a slot.
  *
- * Knows the format and the file, but not the map.
+ * Knows the format and the file, and of the map the size of a leaf.
  */
 
 #include <config.h>
@@ -28,6 +31,7 @@
 #include <sys/uio.h>
 
 #include "common/cleanup.h"
+#include "overlay/map.h"
 #include "overlay/tables.h"
 
 /* What file systems allocate in. */
@@ -83,21 +87,27 @@ use_reftable (struct tables *t, uint64_t offset, uint64_t room, uint64_t space)
 }
 
 int
-tables_init (struct tables *t, const struct qcow2_geometry *g,
-             struct places *places, enum tables_space space)
+tables_init (struct tables *t, const struct qcow2_geometry *g, struct log *log,
+             enum tables_space space)
 {
   const uint64_t nr_pages = l1_size (g) / PAGE + 1;
 
   *t = (struct tables) {
     .geometry = *g,
-    .places = places,
+    .log = log,
     .space = space,
     .l1_offset = g->cluster_size,
   };
   use_reftable (t, reftable_offset (g), reftable_room (g), 0);
   t->l1_pages = calloc (nr_pages / 64 + 1, sizeof *t->l1_pages);
-  if (!t->l1_pages)
+  t->l2_words = calloc (g->l1_entries / 32 + 1, sizeof *t->l2_words);
+  if (!t->l1_pages || !t->l2_words) {
+    free (t->l1_pages);
+    free (t->l2_words);
+    t->l1_pages = NULL;
+    errno = ENOMEM;
     return -1;
+  }
   atomic_init (&t->covered, 0);
   mutex_init (&t->lock, RANK_TABLES);
   return 0;
@@ -110,6 +120,7 @@ tables_destroy (struct tables *t)
     return;
   mutex_destroy (&t->lock);
   free (t->runs);
+  free (t->l2_words);
   free (t->l1_pages);
 }
 
@@ -123,7 +134,7 @@ write_zeroes (struct tables *t, uint64_t offset, uint64_t count)
     const uint64_t n = MIN (count, sizeof zeroes);
     struct iovec iov = { .iov_base = (char *) zeroes, .iov_len = n };
 
-    if (store_writev (t->places->store, &iov, 1, offset) == -1)
+    if (store_writev (t->log->store, &iov, 1, offset) == -1)
       return -1;
     offset += n;
     count -= n;
@@ -131,109 +142,108 @@ write_zeroes (struct tables *t, uint64_t offset, uint64_t count)
   return 0;
 }
 
+/* Nothing was written there since it was taken; but what the log gives out may hold older
+ * bytes.  They are punched first: a file system that copies on write (btrfs) takes what is
+ * allocated for set aside, and then wants new space for each write to it.
+ */
 static int
 set_aside (struct tables *t, uint64_t offset, uint64_t count)
 {
-  if (store_set_aside (t->places->store, offset, count) == 0)
+  store_punch (t->log->store, offset, count);
+  if (store_set_aside (t->log->store, offset, count) == 0)
     return 0;
   if (errno != EOPNOTSUPP && errno != ENOSYS)
     return -1;
   return write_zeroes (t, offset, count);
 }
 
-/* Remember places that were taken.  Caller holds the lock. */
+/* Remember clusters that were taken.  Caller holds the lock. */
 static int
-add_run (struct tables *t, uint64_t place, uint64_t count)
+add_run (struct tables *t, struct log_run run)
 {
   assert_held (&t->lock);
 
-  struct place_run *last = t->nr_runs > 0 ? &t->runs[t->nr_runs - 1] : NULL;
+  struct log_run *last = t->nr_runs > 0 ? &t->runs[t->nr_runs - 1] : NULL;
 
-  if (last && last->first + last->count == place)
-    last->count += count;
+  if (last && last->first + last->count == run.first)
+    last->count += run.count;
   else {
     if (t->nr_runs == t->max_runs) {
       const size_t max = t->max_runs ? 2 * t->max_runs : 4;
-      struct place_run *runs = realloc (t->runs, max * sizeof *runs);
+      struct log_run *runs = realloc (t->runs, max * sizeof *runs);
 
       if (!runs)
         return -1;
       t->runs = runs;
       t->max_runs = max;
     }
-    t->runs[t->nr_runs++]
-      = (struct place_run) { .first = place, .count = count };
+    t->runs[t->nr_runs++] = run;
   }
-  t->nr_clusters += count * t->places->size / t->geometry.cluster_size;
+  t->nr_clusters += run.count;
   return 0;
 }
 
-/* Have at least WANTED clusters in places.  Caller holds the lock. */
+/* Have at least WANTED clusters.  Caller holds the lock. */
 static int
-take_places (struct tables *t, uint64_t wanted)
+take_clusters (struct tables *t, uint64_t wanted, enum log_effort effort)
 {
   assert_held (&t->lock);
 
   while (t->nr_clusters < wanted) {
-    const uint64_t missing
-      = (wanted - t->nr_clusters) * t->geometry.cluster_size;
-    uint64_t place;
-    const uint64_t count
-      = places_take (t->places, (missing - 1) / t->places->size + 1, &place);
+    struct log_run run;
 
-    if (count == 0)
+    if (log_take (t->log, wanted - t->nr_clusters, effort, &run) == -1)
       return -1;
-    if (add_run (t, place, count) == -1) {
-      places_give_back (t->places, place, count);
+    if (add_run (t, run) == -1) {
+      log_give_back (t->log, run);
+      errno = ENOMEM;
       return -1;
     }
   }
   return 0;
 }
 
-/* A range of the table clusters that lies in one piece. */
-struct piece {
-  uint64_t offset; /* in the file */
-  uint64_t count;  /* of clusters */
-};
-
-/* The clusters FIRST .. (< nr_clusters), at the most up to END.  Caller holds the
- * lock, or is alone.
+/* What follows PART in one piece, MOST clusters at the most; PART ends behind it then.
+ * There is at least one.  Caller holds the lock.
  */
-static struct piece
-find_piece (const struct tables *t, uint64_t first, uint64_t end)
-{
-  const uint64_t per_place = t->places->size / t->geometry.cluster_size;
-  const struct place_run *run = t->runs;
-
-  while (first >= run->count * per_place) {
-    first -= run->count * per_place;
-    end -= run->count * per_place;
-    run++;
-  }
-  return (struct piece) {
-    .offset = run->first * t->places->size + first * t->geometry.cluster_size,
-    .count = MIN (end, run->count * per_place) - first,
-  };
-}
-
-/* Give back the last places as long as there is no space in them, so that those of
- * the request that fails lie at the end of the file and move it back.  Caller holds
- * the lock.
- */
-static void
-drop_places_without_space (struct tables *t)
+static struct log_run
+next_piece (const struct tables *t, struct tables_part *part, uint64_t most)
 {
   assert_held (&t->lock);
 
-  const uint64_t per_place = t->places->size / t->geometry.cluster_size;
+  while (part->in_run == t->runs[part->run].count) {
+    part->run++;
+    part->in_run = 0;
+  }
 
-  while (t->nr_clusters >= t->nr_with_space + per_place) {
-    struct place_run *last = &t->runs[t->nr_runs - 1];
+  const struct log_run *run = &t->runs[part->run];
+  const struct log_run piece
+    = { .first = run->first + part->in_run,
+        .count = (uint32_t) MIN (run->count - part->in_run, most) };
 
-    last->count--;
-    places_give_back (t->places, last->first + last->count, 1);
-    t->nr_clusters -= per_place;
+  part->nr += piece.count;
+  part->in_run += piece.count;
+  return piece;
+}
+
+/* Give back the last clusters, for which there is no space.  Caller holds the lock.
+ * (Others wait for it and for what the request holds while this is punched.  It is not
+ * much, and there is nothing in it.)
+ */
+static void
+drop_clusters_without_space (struct tables *t)
+{
+  assert_held (&t->lock);
+
+  while (t->nr_clusters > t->with_space.nr) {
+    struct log_run *last = &t->runs[t->nr_runs - 1];
+    const uint32_t count
+      = (uint32_t) MIN (last->count, t->nr_clusters - t->with_space.nr);
+
+    last->count -= count;
+    log_give_back (t->log,
+                   (struct log_run) { last->first + last->count, count });
+    t->nr_clusters -= count;
     if (last->count == 0)
       t->nr_runs--;
   }
@@ -241,30 +251,32 @@ drop_places_without_space (struct tables *t)
 
 /* Have space for at least WANTED clusters.  Caller holds the lock. */
 static int
-have_space (struct tables *t, uint64_t wanted)
+have_space (struct tables *t, uint64_t wanted, enum log_effort effort)
 {
   assert_held (&t->lock);
 
-  const uint64_t cluster = t->geometry.cluster_size;
-  int r = take_places (t, wanted);
+  int r = take_clusters (t, wanted, effort);
 
-  while (r == 0 && t->nr_with_space < wanted) {
-    const struct piece p = find_piece (t, t->nr_with_space, wanted);
+  while (r == 0 && t->with_space.nr < wanted) {
+    struct tables_part part = t->with_space;
+    const struct log_run piece
+      = next_piece (t, &part, wanted - t->with_space.nr);
 
-    r = set_aside (t, p.offset, p.count * cluster);
+    r = set_aside (t, log_offset (t->log, piece.first),
+                   piece.count * (uint64_t) t->geometry.cluster_size);
     if (r == 0)
-      t->nr_with_space += p.count;
+      t->with_space = part;
   }
   if (r == -1) {
     const int err = errno;
 
-    drop_places_without_space (t);
+    drop_clusters_without_space (t);
     errno = err;
   }
   return r;
 }
 
-/* The refcount blocks of a file that ends at END, and one more, as places for
+/* The refcount blocks of a file that ends at END, and one more, as clusters for
  * tables make it longer.
  */
 static uint64_t
@@ -273,58 +285,63 @@ refcount_blocks (const struct tables *t, uint64_t end)
   return end / bytes_per_refcount_block (&t->geometry) + 2;
 }
 
-/* The same, and something in advance if that is to be had. */
+/* Have space for at least WANTED clusters, and for some in advance if that is to be had. */
 static int
 have_space_in_advance (struct tables *t, uint64_t wanted)
 {
   const uint64_t cluster = t->geometry.cluster_size;
-  const uint64_t quarter = t->nr_with_space / 4 * cluster;
+  const uint64_t quarter = t->with_space.nr / 4 * cluster;
   const uint64_t advance
     = MIN (MAX (quarter, MIN_ADVANCE), MAX_ADVANCE) / cluster;
 
-  if (have_space (t, wanted + advance) == 0)
+  if (have_space (t, wanted + advance, LOG_TIDY) == 0)
     return 0;
-  return advance == 0 ? -1 : have_space (t, wanted);
+  return have_space (t, wanted, LOG_ANY);
 }
 
-/* Move the refcount table to places where SIZE bytes of it fit, and more, so that it
- * moves a few times only.  Where it was is given back.  Caller holds the lock.
+/* Move the refcount table to blocks where SIZE bytes of it fit, and more, so that it
+ * moves a few times only.  Where it was is given back, in the head by the one who
+ * saves.  Caller holds the lock.
  */
 static int
 move_reftable (struct tables *t, uint64_t size)
 {
   assert_held (&t->lock);
 
-  const uint64_t place_size = t->places->size;
-  const uint64_t room = MAX (2 * t->reftable_room, size);
-  const uint64_t space = ROUND_UP (size, PAGE);
-  struct place_run row = { .count = (room - 1) / place_size + 1 };
+  const uint64_t cluster = t->geometry.cluster_size;
+  const uint64_t room = ROUND_UP (MAX (2 * t->reftable_room, size), cluster);
+  struct log_run row = { .count = (uint32_t) (room / cluster) };
+  const uint64_t space = ROUND_UP (size, cluster);
 
-  if (places_take_row (t->places, row.count, &row.first) == -1)
+  if (log_take_row (t->log, row.count, &row) == -1)
     return -1;
-  if (set_aside (t, row.first * place_size, space) == -1) {
+
+  const uint64_t offset = log_offset (t->log, row.first);
+
+  if (set_aside (t, offset, space) == -1) {
     const int err = errno;
 
-    places_give_back (t->places, row.first, row.count);
+    log_give_back (t->log, row);
     errno = err;
     return -1;
   }
   if (t->reftable_row.count > 0)
-    places_give_back (t->places, t->reftable_row.first, t->reftable_row.count);
-  else if (t->reftable_space > 0)
-    store_punch (t->places->store, t->reftable_offset, t->reftable_space);
+    log_give_back (t->log, t->reftable_row);
   t->reftable_row = row;
-  use_reftable (t, row.first * place_size, row.count * place_size, space);
+  use_reftable (t, offset, room, space);
   return 0;
 }
 
-/* Have space for SIZE bytes of the refcount table, for which there is room.  Caller
- * holds the lock.
+/* Have space for SIZE bytes of the refcount table, for which there is room.  In the head
+ * the rest of its last cluster is a hole; in the log anything may be there, so that it is
+ * written too.  Caller holds the lock.
  */
 static int
 have_reftable_space (struct tables *t, uint64_t size)
 {
-  const uint64_t wanted = ROUND_UP (size, PAGE);
+  const uint64_t unit
+    = t->reftable_row.count > 0 ? t->geometry.cluster_size : PAGE;
+  const uint64_t wanted = ROUND_UP (size, unit);
 
   if (wanted <= t->reftable_space)
     return 0;
@@ -334,6 +351,19 @@ have_reftable_space (struct tables *t, uint64_t size)
     return -1;
   t->reftable_space = wanted;
   return 0;
+}
+
+/* L2 tables that are needed: each of those with space has a cluster, and a few clusters
+ * are for all that are zero, whose entries in the L1 table have space.  While an image is
+ * being made, more may have been taken.
+ */
+static uint64_t
+l2_clusters (const struct tables *t)
+{
+  const uint64_t entries = t->nr_l1_pages * (PAGE / 8);
+  const uint64_t zero = t->some_zero ? entries / QCOW2_MAX_REFCOUNT + 1 : 0;
+
+  return MAX (t->nr_l2 + zero, t->used.nr);
 }
 
 /* Have space for what is known to be needed now, and something in advance.  Caller
@@ -346,14 +376,14 @@ have_space_for_now (struct tables *t)
   int r = 0;
 
   do {
-    nr_blocks = refcount_blocks (t, places_end (t->places));
+    nr_blocks = refcount_blocks (t, log_end (t->log));
     /* A file for which that is not enough is copied when it is saved. */
     reftable = MIN (nr_blocks * 8, QCOW2_MAX_REFTABLE_SIZE);
 
-    const uint64_t clusters = t->nr_l2 + nr_blocks;
+    const uint64_t clusters = l2_clusters (t) + nr_blocks;
     if (reftable > t->reftable_room)
       r = move_reftable (t, reftable);
-    else if (clusters > t->nr_with_space)
+    else if (clusters > t->with_space.nr)
       r = have_space_in_advance (t, clusters);
     else
       break;
@@ -366,7 +396,7 @@ have_space_for_now (struct tables *t)
   return 0;
 }
 
-/* The same.  Meanwhile others have perhaps taken places without waiting for the lock,
+/* The same.  Meanwhile others have perhaps taken addresses without waiting for the lock,
  * as `covered' said that there was enough for them: what it was, not what it became.
  * They take first and look at it then, this stores it first and looks at the end of
  * the file then, so that one of them sees the other.
@@ -377,7 +407,7 @@ have_needed_space (struct tables *t)
   do
     if (have_space_for_now (t) == -1)
       return -1;
-  while (places_end (t->places) > atomic_load (&t->covered));
+  while (log_end (t->log) > atomic_load (&t->covered));
   return 0;
 }
 
@@ -395,6 +425,7 @@ have_l1_page (struct tables *t, uint64_t l2_nr)
   if (set_aside (t, t->l1_offset + page * PAGE, PAGE) == -1)
     return -1;
   t->l1_pages[page / 64] |= bit;
+  t->nr_l1_pages++;
   return 0;
 }
 
@@ -402,35 +433,106 @@ have_l1_page (struct tables *t, uint64_t l2_nr)
 static int
 have_header (struct tables *t)
 {
-  if (t->nr_with_space > 0)
+  if (t->with_space.nr > 0)
     return 0;
-  if (store_make_file (t->places->store) == -1)
+  if (store_make_file (t->log->store) == -1)
     return -1;
   return set_aside (t, 0, PAGE);
+}
+
+/* What is known of each L2 table, in two bits: there is space for it; and that was relied
+ * on by a request that did not set it aside itself.  The second one alone means nothing.
+ */
+#define L2_HAS_SPACE 1
+#define L2_RELIED_ON 2
+
+/* The bits of table NR, in their word. */
+static uint64_t
+l2_bits (uint64_t nr, uint64_t bits)
+{
+  return bits << 2 * (nr % 32);
+}
+
+/* Is there space, which stays then? */
+static bool
+rely_on_l2 (struct tables *t, uint64_t nr)
+{
+  _Atomic uint64_t *word = &t->l2_words[nr / 32];
+  const uint64_t both = l2_bits (nr, L2_HAS_SPACE | L2_RELIED_ON);
+  uint64_t found = atomic_load (word);
+
+  if ((found & both) == both)
+    return true;
+  /* Both in one step, or who set it aside might give it up between. */
+  if (found & l2_bits (nr, L2_HAS_SPACE))
+    found = atomic_fetch_or (word, l2_bits (nr, L2_RELIED_ON));
+  return found & l2_bits (nr, L2_HAS_SPACE);
 }
 
 int
 tables_reserve_l2 (struct tables *t, uint64_t nr)
 {
-  if (t->space == TABLES_UNPLANNED)
+  if (t->space == TABLES_UNPLANNED || rely_on_l2 (t, nr))
     return 0;
 
   HOLD (&t->lock);
 
+  if (rely_on_l2 (t, nr))
+    return 0;
   if (have_header (t) == -1 || have_l1_page (t, nr) == -1)
     return -1;
   t->nr_l2++;
-  if (have_needed_space (t) == 0)
+  if (have_needed_space (t) == -1) {
+    t->nr_l2--;
+    return -1;
+  }
+  atomic_fetch_and (&t->l2_words[nr / 32], ~l2_bits (nr, L2_RELIED_ON));
+  atomic_fetch_or (&t->l2_words[nr / 32], l2_bits (nr, L2_HAS_SPACE));
+  return 1;
+}
+
+void
+tables_cancel_l2 (struct tables *t, uint64_t nr)
+{
+  _Atomic uint64_t *word = &t->l2_words[nr / 32];
+
+  HOLD (&t->lock);
+
+  uint64_t found = atomic_load (word);
+
+  while (!(found & l2_bits (nr, L2_RELIED_ON)))
+    if (atomic_compare_exchange_weak (word, &found,
+                                      found & ~l2_bits (nr, L2_HAS_SPACE))) {
+      t->nr_l2--;
+      return;
+    }
+}
+
+int
+tables_reserve_zero_l2 (struct tables *t, uint64_t first, uint64_t last)
+{
+  if (t->space == TABLES_UNPLANNED)
     return 0;
-  t->nr_l2--;
-  return -1;
+  /* A leaf is then a part of one table only. */
+  if (t->geometry.slots_per_l2 > LEAF_SLOTS)
+    return tables_reserve_l2 (t, first);
+
+  HOLD (&t->lock);
+
+  if (have_header (t) == -1)
+    return -1;
+  for (uint64_t nr = first; nr <= last; ++nr)
+    if (have_l1_page (t, nr) == -1)
+      return -1;
+  t->some_zero = true;
+  return have_needed_space (t);
 }
 
 int
 tables_reserve_refcounts (struct tables *t)
 {
   if (t->space == TABLES_UNPLANNED
-      || places_end (t->places) <= atomic_load (&t->covered))
+      || log_end (t->log) <= atomic_load (&t->covered))
     return 0;
 
   HOLD (&t->lock);
@@ -439,22 +541,11 @@ tables_reserve_refcounts (struct tables *t)
 }
 
 void
-tables_cancel_l2 (struct tables *t, uint64_t count)
-{
-  if (t->space == TABLES_UNPLANNED)
-    return;
-
-  HOLD (&t->lock);
-
-  t->nr_l2 -= count;
-}
-
-void
 tables_take_again (struct tables *t)
 {
   HOLD (&t->lock);
 
-  t->nr_used = 0;
+  t->used = (struct tables_part) { .nr = 0 };
 }
 
 int
@@ -462,10 +553,9 @@ tables_take (struct tables *t, uint64_t *offset)
 {
   HOLD (&t->lock);
 
-  if (take_places (t, t->nr_used + 1) == -1)
+  if (take_clusters (t, t->used.nr + 1, LOG_ANY) == -1)
     return -1;
-  *offset = find_piece (t, t->nr_used, t->nr_used + 1).offset;
-  t->nr_used++;
+  *offset = log_offset (t->log, next_piece (t, &t->used, 1).first);
   return 0;
 }
 
@@ -475,21 +565,7 @@ tables_have_refcounts (struct tables *t)
   HOLD (&t->lock);
 
   /* Where no space was set aside, these have it by being written to. */
-  t->nr_l2 = MAX (t->nr_l2, t->nr_used);
-  t->nr_with_space = MAX (t->nr_with_space, t->nr_used);
+  if (t->with_space.nr < t->used.nr)
+    t->with_space = t->used;
   return have_needed_space (t);
-}
-
-void
-tables_give_back (struct tables *t)
-{
-  HOLD (&t->lock);
-
-  for (uint64_t i = t->nr_used; i < t->nr_clusters;) {
-    const struct piece p = find_piece (t, i, t->nr_clusters);
-
-    store_punch (t->places->store, p.offset,
-                 p.count * t->geometry.cluster_size);
-    i += p.count;
-  }
 }

@@ -4,20 +4,21 @@
  *
  * An overlay file becomes an image where it lies (image.h).  Its head has room for
  * the header, the L1 table and most often the refcount table; L2 tables and refcount
- * blocks go into places that are taken for them.  Their space is set aside when the
- * request is made that will need it, so that saving does not fail on a full file
- * system.
+ * blocks go into blocks of the log that are taken for them.  Their space is set aside when
+ * the request is made that will need it, so that saving does not fail on a full file
+ * system.  An image in the extended form is not made in place.
  */
 
 #ifndef COW_TABLES_H
 #define COW_TABLES_H
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "common/lock.h"
 #include "format/qcow2.h"
-#include "overlay/places.h"
+#include "overlay/log.h"
 
 /* Is space set aside? */
 enum tables_space {
@@ -25,49 +26,70 @@ enum tables_space {
   TABLES_SET_ASIDE,
 };
 
+/* The first so many of the clusters that were taken for tables. */
+struct tables_part {
+  uint64_t nr;
+  size_t run; /* it ends behind so many of this run, or at its start */
+  uint32_t in_run;
+};
+
 struct tables {
   struct qcow2_geometry geometry; /* constant, as are the next three */
-  struct places *places;
+  struct log *log;
   enum tables_space space;
   uint64_t l1_offset;
 
   _Atomic uint64_t covered; /* a file of this length has its refcount blocks;
                              * changes only under the lock */
-  struct mutex lock;        /* taken before the places'; guards what follows */
-  uint64_t nr_l2;           /* L2 tables asked for */
-  uint64_t *l1_pages;       /* bitmap: pages of the L1 table with space */
-  uint64_t reftable_offset; /* where the refcount table lies, */
-  uint64_t reftable_room;   /* how many bytes it can have there, */
-  uint64_t reftable_space;  /* and for how many there is space */
-  struct place_run reftable_row; /* its places; none: it lies in the head */
-  struct place_run *runs;        /* places taken for tables */
+  _Atomic uint64_t
+    *l2_words;       /* two bits for each L2 table: whether it has space.  That
+                               * changes under the lock */
+  struct mutex lock; /* taken before the log's; guards what follows */
+  uint64_t nr_l2;    /* how many have */
+  bool some_zero;    /* there may be L2 tables that are all zero */
+  uint64_t *l1_pages;          /* bitmap: pages of the L1 table with space */
+  uint64_t nr_l1_pages;        /* bits in it */
+  uint64_t reftable_offset;    /* where the refcount table lies, */
+  uint64_t reftable_room;      /* how many bytes it can have there, */
+  uint64_t reftable_space;     /* and for how many there is space */
+  struct log_run reftable_row; /* its blocks; none: it lies in the head */
+  struct log_run *runs;        /* blocks taken for tables */
   size_t nr_runs, max_runs;
-  uint64_t nr_clusters;   /* in them */
-  uint64_t nr_with_space; /* the first so many of them */
-  uint64_t nr_used;       /* the first so many, by tables_take */
+  uint64_t nr_clusters;          /* in them */
+  struct tables_part with_space; /* of them */
+  struct tables_part used;       /* by tables_take */
 };
 
 /* The size of the head that a file for images of this geometry has, in bytes. */
 extern uint64_t tables_head_size (const struct qcow2_geometry *g);
 
-/* PLACES have a head of at least that size.  -1 and ENOMEM. */
+/* LOG has a head of at least that size, and blocks as large as clusters, or SPACE is
+ * TABLES_UNPLANNED and no image is made in place.  -1 and ENOMEM.
+ */
 extern int tables_init (struct tables *tables, const struct qcow2_geometry *g,
-                        struct places *places, enum tables_space space);
+                        struct log *log, enum tables_space space);
 extern void tables_destroy (struct tables *tables);
 
-/* Set space aside for the L2 table numbered NR, which is needed for the first
- * time, and for NR's part of the L1 table.  Asked twice, it is set aside twice,
- * which is a waste and no more.  -1 and errno.
+/* Set space aside for the L2 table numbered NR and for its entry in the L1 table, if that
+ * was not done before.  1 if it was set aside now, 0 if there is some; -1 and errno.
  */
 extern int tables_reserve_l2 (struct tables *tables, uint64_t nr);
 
-/* Set space aside for the refcounts of the file, of which places have been taken.
+/* The request for which that has returned 1 has failed.  If no other one has asked for the
+ * same table since, it needs the space no longer.
+ */
+extern void tables_cancel_l2 (struct tables *tables, uint64_t nr);
+
+/* The same for the L2 tables FIRST .. LAST, as map_zero_leaf is going to be called: where
+ * all of a table is zero by that, it has no cluster of its own.
+ */
+extern int tables_reserve_zero_l2 (struct tables *tables, uint64_t first,
+                                   uint64_t last);
+
+/* Set space aside for the refcounts of the file, of which addresses have been taken.
  * To be called before they are used.  -1 and errno.
  */
 extern int tables_reserve_refcounts (struct tables *tables);
-
-/* The requests that COUNT calls of tables_reserve_l2 were made for have failed. */
-extern void tables_cancel_l2 (struct tables *tables, uint64_t count);
 
 /* Take the next cluster for a table, its offset in *OFFSET; all over again after
  * tables_take_again.  For the one who saves, when nobody else changes the overlay
@@ -80,8 +102,5 @@ extern int tables_take (struct tables *tables, uint64_t *offset);
  * refcount table (reftable_offset) that is long enough for them.  As above.
  */
 extern int tables_have_refcounts (struct tables *tables);
-
-/* Punch what was set aside and not taken.  As above. */
-extern void tables_give_back (struct tables *tables);
 
 #endif /* COW_TABLES_H */

@@ -30,6 +30,7 @@
 #include "common/debug.h"
 #include "common/limits.h"
 #include "common/lock.h"
+#include "overlay/cleaner.h"
 #include "overlay/newfile.h"
 #include "server/identity.h"
 #include "server/loads.h"
@@ -132,8 +133,11 @@ overlays_new (const struct overlays_options *options)
   }
   s->options = *options;
   mutex_init (&s->lock, RANK_SET);
+  s->options.overlay.cleaner = cleaner_new ();
   s->dir = find_dir (options);
-  if (!s->dir) {
+  if (!s->dir || !s->options.overlay.cleaner) {
+    if (s->dir)
+      nbdkit_error ("cow: out of memory");
     overlays_free (s);
     return NULL;
   }
@@ -179,6 +183,7 @@ overlays_free (struct overlays *s)
   if (!s)
     return;
   tdestroy (s->by_name, free_entry);
+  cleaner_free (s->options.overlay.cleaner);
   mutex_destroy (&s->lock);
   save_free (s->options.save);
   loads_free (s->options.loads);

@@ -24,9 +24,10 @@ enum scope {
 
 struct overlays_options {
   enum scope scope;
-  uint64_t max;                   /* overlays at a time */
-  struct overlay_options overlay; /* its dir and fate are not looked at */
-  struct save *save;              /* NULL: they are thrown away */
+  uint64_t max; /* overlays at a time */
+  struct overlay_options
+    overlay;         /* its dir, cleaner and fate are not looked at */
+  struct save *save; /* NULL: they are thrown away */
   struct loads *loads;
   const char *base_id;      /* what the user calls the base; NULL: nothing */
   bool views;               /* whether there are any */

@@ -111,6 +111,33 @@ write_all (int fd, const char *buf, size_t count)
   return 0;
 }
 
+#define PAGE_BYTES 4096
+
+static bool
+is_zero (const char *buf, size_t count)
+{
+  return buf[0] == 0 && memcmp (buf, buf + 1, count - 1) == 0;
+}
+
+/* Write COUNT bytes of BUF at OFFSET of a new file, but leave out pages of zeroes. */
+static int
+write_sparse (int fd, const char *buf, size_t count, uint64_t offset)
+{
+  for (size_t at = 0, end; at < count; at = end) {
+    const size_t page = MIN (PAGE_BYTES, count - at);
+
+    end = at + page;
+    if (is_zero (buf + at, page))
+      continue;
+    while (end < count && !is_zero (buf + end, MIN (PAGE_BYTES, count - end)))
+      end = MIN (end + PAGE_BYTES, count);
+    if (lseek (fd, (off_t) (offset + at), SEEK_SET) == -1
+        || write_all (fd, buf + at, end - at) == -1)
+      return -1;
+  }
+  return 0;
+}
+
 /* R is what a check of the overlay's file has said: what the kernel could not write to
  * the disk, it has forgotten or will forget.
  */
@@ -124,9 +151,11 @@ check_written (struct job *j, int r)
                      j->source.store->dir);
 }
 
+enum copying { COPY_ALL, COPY_SPARSE /* to a new file: with holes */ };
+
 /* Write the image in the order of the disk, from its start to its end. */
 static int
-copy_out (struct job *j, int fd, const char *where)
+copy_out (struct job *j, int fd, enum copying how, const char *where)
 {
   CLEANUP_FREE char *buf = malloc (COPY_BYTES);
   struct image *image = buf ? image_plan (&j->source) : NULL;
@@ -142,31 +171,45 @@ copy_out (struct job *j, int fd, const char *where)
 
     if (image_read (image, &reader, buf, n, at) == -1)
       r = job_failed (j, "cannot read the overlay");
-    else if (write_all (fd, buf, n) == -1)
+    else if ((how == COPY_ALL ? write_all (fd, buf, n)
+                              : write_sparse (fd, buf, n, at))
+             == -1)
       r = job_failed (j, "cannot write to %s", where);
     at += n;
   }
+  if (r == 0 && how == COPY_SPARSE
+      && ftruncate (fd, (off_t) image_size (image)) == -1)
+    r = job_failed (j, "cannot write to %s", where);
   image_free (image);
   return r;
 }
 
-/* Make the overlay's own file into an image.  -1 and errno. */
+/* Make the overlay's own file into an image, in the portable form.  -1 and errno. */
 static int
 finish_in_place (struct job *j)
 {
-  uint64_t end;
+  struct tables *tables = overlay_tables (j->overlay);
+  const uint64_t cluster = tables->geometry.cluster_size;
+  struct image_source source = j->source;
+  struct image_used used;
 
   if (j->state != JOB_STARTED)
     return 0;
-  if (image_finish (&j->source, overlay_tables (j->overlay), &end) == -1) {
+  source.geometry = tables->geometry;
+  if (source.geometry.format != QCOW2_PORTABLE) {
+    errno = EFBIG;
+    return -1;
+  }
+  if (image_finish (&source, tables, &used) == -1) {
     const int err = errno;
 
     job_failed (j, "cannot write the tables of the image in %s",
-                j->source.store->dir);
+                source.store->dir);
     errno = err;
     return -1;
   }
-  giveback (j->overlay, end, j->order->giveback);
+  giveback (source.store, cluster, &used, j->order->giveback);
+  free (used.words);
   j->state = JOB_FINISHED;
   return 0;
 }
@@ -188,7 +231,7 @@ save_to_stream (struct job *j)
   /* Rather no stream than one that may be damaged. */
   r = check_written (j, store_check_written (j->source.store));
   if (r == 0)
-    r = copy_out (j, t->fd, "it");
+    r = copy_out (j, t->fd, COPY_ALL, "it");
   if (r == 0)
     r = check_written (j, store_check_written (j->source.store));
 
@@ -244,7 +287,9 @@ make_copy (struct job *j, const char *dir)
   newfile_discard (&j->copy);
   if (newfile_make (&j->copy, dir, NEWFILE_TO_PUBLISH) == -1)
     return job_failed (j, "cannot make a file in %s", dir);
-  if (copy_out (j, j->copy.fd, dir) == 0)
+  if (copy_out (j, j->copy.fd,
+                j->order->options->compact ? COPY_ALL : COPY_SPARSE, dir)
+      == 0)
     return 0;
   newfile_discard (&j->copy);
   return -1;
@@ -259,20 +304,50 @@ save_copy (struct job *j, const char *path)
   return give_name (j, &j->copy, path);
 }
 
+/* Publish the overlay's own file. */
 static int
-save_to_file (struct job *j, const char *path)
+save_in_place (struct job *j, const char *path)
 {
-  if (j->order->options->compact)
-    return save_copy (j, path);
-
-  /* A file that cannot be that long can most often be copied: holes take no room then. */
   if (finish_in_place (j) == -1)
-    return errno == EFBIG ? save_copy (j, path) : -1;
+    return -1;
 
   /* No more than this: an error that is asked for, the sync would not see. */
   if (check_written (j, store_check_early (j->source.store)) == -1)
     return -1;
   return give_name (j, &j->source.store->file, path);
+}
+
+/* In the extended form if that can be had, else in the portable one. */
+static int
+save_extended (struct job *j, const char *path)
+{
+  if (make_copy (j, j->order->target->directory) == -1) {
+    if (overlay_tables (j->overlay)->geometry.format != QCOW2_PORTABLE)
+      return -1;
+    (void) fprintf (stderr,
+                    "nbdkit: cow: warning: cow-save=%s: %s; it is saved "
+                    "without cow-save-format=extended\n",
+                    j->order->target->name,
+                    j->failure ? j->failure : "out of memory");
+    return save_in_place (j, path);
+  }
+  if (check_written (j, store_check_written (j->source.store)) == -1)
+    return -1;
+  return give_name (j, &j->copy, path);
+}
+
+static int
+save_to_file (struct job *j, const char *path)
+{
+  if (j->order->options->compact)
+    return save_copy (j, path);
+  if (j->source.geometry.format == QCOW2_EXTENDED)
+    return save_extended (j, path);
+
+  /* A file that cannot be that long can most often be copied: holes take no room then. */
+  if (save_in_place (j, path) == 0)
+    return 0;
+  return j->state == JOB_STARTED && errno == EFBIG ? save_copy (j, path) : -1;
 }
 
 /*----------------------------------------------------------------------
@@ -426,7 +501,7 @@ publish (const struct publish_order *order, const char *path)
     .overlay = overlay,
     .source = { .map = overlay_map (overlay),
                 .store = overlay_store (overlay),
-                .geometry = overlay_tables (overlay)->geometry,
+                .geometry = *overlay_geometry (overlay),
                 .base = order->item->base },
     .copy = NEWFILE_NONE,
   };

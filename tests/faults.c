@@ -17,7 +17,8 @@
 #include "faults.h"
 #include "overlay/map.h"
 
-bool short_transfers, fail_punches, no_tmpfile, no_seek_data;
+bool short_transfers, fail_punches, fail_truncates, no_tmpfile, no_seek_data;
+bool no_threads;
 atomic_uint nr_punches;
 atomic_ullong longest_punch;
 atomic_ullong bytes_read_from_files;
@@ -230,8 +231,15 @@ __wrap_pwritev (int fd, const struct iovec *iov, int nr_iov, off_t offset)
 int
 __wrap_fallocate (int fd, int mode, off_t offset, off_t count)
 {
-  if (mode == 0 && fails ()) /* to set space aside */
-    return -1;
+  if (!(mode & FALLOC_FL_PUNCH_HOLE)) { /* to set space aside */
+    if (fails ())
+      return -1;
+    if (mode != 0 && fail_punches) {
+      errno = EOPNOTSUPP;
+      return -1;
+    }
+    return __real_fallocate (fd, mode, offset, count);
+  }
   if (before_punch) {
     void (*call) (void) = before_punch;
 
@@ -293,4 +301,37 @@ int
 __wrap_fstat (int fd, struct stat *st)
 {
   return fails () ? -1 : __real_fstat (fd, st);
+}
+
+/* Only where a test is linked with --wrap=ftruncate and --wrap=pthread_create.  A file is
+ * made longer ahead of its use, and nothing fails where that does; so these do not count
+ * among the calls that fail from the N-th on.
+ */
+extern int __real_ftruncate (int fd, off_t size);
+extern int __wrap_ftruncate (int fd, off_t size);
+extern int __real_pthread_create (pthread_t *thread,
+                                  const pthread_attr_t *attr,
+                                  void *(*function) (void *arg), void *arg);
+extern int __wrap_pthread_create (pthread_t *thread,
+                                  const pthread_attr_t *attr,
+                                  void *(*function) (void *arg), void *arg);
+#pragma weak __real_ftruncate
+#pragma weak __real_pthread_create
+
+int
+__wrap_ftruncate (int fd, off_t size)
+{
+  if (fail_truncates) {
+    errno = EPERM;
+    return -1;
+  }
+  return __real_ftruncate (fd, size);
+}
+
+int
+__wrap_pthread_create (pthread_t *thread, const pthread_attr_t *attr,
+                       void *(*function) (void *arg), void *arg)
+{
+  return no_threads ? EAGAIN
+                    : __real_pthread_create (thread, attr, function, arg);
 }

@@ -36,10 +36,15 @@ extern bool call_was_interrupted (void);
  */
 extern bool short_transfers;
 
-/* Fail every punch with EOPNOTSUPP, or not; how many there were. */
+/* Fail with EOPNOTSUPP every punch, and whatever makes a range zero, or not; how many
+ * punches there were.
+ */
 extern bool fail_punches;
 extern atomic_uint nr_punches;
 extern atomic_ullong longest_punch; /* in bytes */
+
+/* Fail every change of a file's length; say that no thread can be had. */
+extern bool fail_truncates, no_threads;
 
 /* Called in front of the next punch, once: reset before the call. */
 extern void (*before_punch) (void);

@@ -340,7 +340,7 @@ for_nobody ()
     chmod 755 "$tmp"
     cp "$FILTER" "$tmp/filter.so"
     chmod 755 "$tmp/filter.so"
-    for library in $(grep -oE "$abs_top_builddir[^ :]*\.so" <<<"$TEST_WRAPPER"); do
+    for library in $(grep -oE "${abs_top_builddir}[^ :]*\.so" <<<"$TEST_WRAPPER"); do
         cp "$library" "$tmp"
         chmod 755 "$tmp/${library##*/}"
         TEST_WRAPPER=${TEST_WRAPPER//"$library"/"$tmp/${library##*/}"}
@@ -709,6 +709,12 @@ def overlays(directory):
 def used(directory):
     """Bytes that the overlays in directory take."""
     return sum(s.st_blocks * 512 for s in overlays(directory))
+
+
+def settles(directory, least, most, what):
+    """Waits until the overlays in directory take so much.  (The cleaner gives back.)"""
+    until(lambda: least <= used(directory) <= most,
+          "%s: %d bytes, not %d to %d" % (what, used(directory), least, most))
 
 
 def server_log():

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
 /* Images of a map, without a server: both ways to have one, read back by the
- * decoder, every refcount counted; random reads; space that was set aside; calls
- * that fail one after the other.
+ * decoder, every refcount counted; random reads; space that was set aside, and space that
+ * is given back; calls that fail one after the other.
  */
 
 #include <config.h>
@@ -32,7 +32,7 @@
 
 static struct map map;
 static struct store store;
-static struct places places;
+static struct log blocks;
 static struct tables tables;
 static struct image_source source;
 static uint32_t block_size;
@@ -61,9 +61,12 @@ set_up_disk (uint64_t size, uint32_t bs, enum qcow2_l2_format format)
   assert_int_equal (qcow2_geometry_init (&g, size, bs, format), 0);
   map_init (&map, (size + slot_bytes () - 1) / slot_bytes ());
   store_init (&store, "/var/tmp", NEWFILE_ANONYMOUS, STORE_WRITES_BACK_LATE);
-  places_init (&places, &store, slot_bytes (),
-               (tables_head_size (&g) + slot_bytes () - 1) / slot_bytes ());
-  assert_int_equal (tables_init (&tables, &g, &places, TABLES_SET_ASIDE), 0);
+  log_init (&blocks, &store, (unsigned) __builtin_ctz (bs),
+            format == QCOW2_PORTABLE ? tables_head_size (&g) / bs : 1);
+  assert_int_equal (tables_init (&tables, &g, &blocks,
+                                 format == QCOW2_PORTABLE ? TABLES_SET_ASIDE
+                                                          : TABLES_UNPLANNED),
+                    0);
   source = (struct image_source) { .map = &map,
                                    .store = &store,
                                    .geometry = g,
@@ -76,9 +79,9 @@ tear_down (void **state)
 {
   (void) state;
   fail_calls_from (0, 0);
-  short_transfers = no_tmpfile = false;
+  short_transfers = no_tmpfile = fail_punches = false;
   tables_destroy (&tables);
-  places_destroy (&places);
+  log_destroy (&blocks);
   store_destroy (&store);
   map_destroy (&map);
   return 0;
@@ -94,32 +97,69 @@ fill_block (void *buf, uint64_t nr_slot, unsigned block)
     words[i] = (nr_slot << 5 | block) * UINT64_C (0x9e3779b97f4a7c15) + i;
 }
 
-/* What change.c does: space first, then bytes, then the state. */
+/* Write a block to where it lies now. */
+static void
+write_block (uint64_t nr, unsigned block, uint32_t address)
+{
+  CLEANUP_FREE char *buf = malloc (block_size);
+  struct iovec iov = { .iov_base = buf, .iov_len = block_size };
+
+  fill_block (buf, nr, block);
+  assert_int_equal (
+    store_writev (&store, &iov, 1, log_offset (&blocks, address)), 0);
+}
+
+/* What change.c does: space first, then bytes, then the state.  The blocks get addresses
+ * one by one, from the last one down if BACKWARDS.
+ */
+static void
+change_slot_in_order (uint64_t nr, uint64_t state, bool backwards)
+{
+  struct slot *slot = map_touch (&map, nr);
+  uint32_t to[SLOT_BLOCKS];
+  struct slot_step step
+    = { .found = slot_load (slot), .state = state, .to = to };
+
+  assert_int_not_equal (
+    tables_reserve_l2 (&tables, nr / source.geometry.slots_per_l2), -1);
+  step.fresh = bitmap_allocated (state) & ~bitmap_allocated (step.found.state);
+  for (unsigned i = 0; i < SLOT_BLOCKS; ++i) {
+    const unsigned b = backwards ? SLOT_BLOCKS - 1 - i : i;
+    struct log_run run;
+
+    if (!(step.fresh >> b & 1))
+      continue;
+    assert_int_equal (log_take (&blocks, 1, LOG_TIDY, &run), 0);
+    to[b] = run.first;
+  }
+  assert_int_equal (tables_reserve_refcounts (&tables), 0);
+  for (unsigned b = 0; b < SLOT_BLOCKS; ++b)
+    if (step.fresh >> b & 1)
+      write_block (nr, b, to[b]);
+  assert_int_equal (slot_prepare (&map, &step), 0);
+  slot_store (slot, &step);
+}
+
 static void
 change_slot (uint64_t nr, uint64_t state)
 {
-  struct slot *slot = map_touch (&map, nr);
-  struct slot_pair pair = slot_load (slot);
-  CLEANUP_FREE char *buf = malloc (block_size);
+  change_slot_in_order (nr, state, nr % 3 == 0);
+}
 
-  assert_int_equal (
-    tables_reserve_l2 (&tables, nr / source.geometry.slots_per_l2), 0);
-  if (bitmap_allocated (state) && pair.place == 0)
-    assert_int_equal (places_take (&places, 1, &pair.place), 1);
-  assert_int_equal (tables_reserve_refcounts (&tables), 0);
-  for (unsigned b = 0; b < SLOT_BLOCKS; ++b) {
-    struct iovec iov = { .iov_base = buf, .iov_len = block_size };
+/* Zero COUNT leaves from slot NR on as change.c does. */
+static void
+zero_leaves (uint64_t nr, uint64_t count)
+{
+  const uint64_t per_l2 = source.geometry.slots_per_l2;
 
-    if (bitmap_state (state, b) != BLOCK_ALLOCATED)
-      continue;
-    fill_block (buf, nr, b);
-    assert_int_equal (
-      store_writev (&store, &iov, 1,
-                    pair.place * slot_bytes () + (uint64_t) b * block_size),
-      0);
+  for (uint64_t end = nr + count * LEAF_SLOTS; nr < end; nr += LEAF_SLOTS) {
+    assert_true (map_ready_leaf (&map, nr));
+    assert_int_not_equal (
+      tables_reserve_zero_l2 (&tables, nr / per_l2,
+                              (nr + LEAF_SLOTS - 1) / per_l2),
+      -1);
+    map_zero_leaf (&map, nr);
   }
-  pair.state = state;
-  slot_store (slot, pair);
 }
 
 static uint64_t seed;
@@ -163,7 +203,7 @@ change_slots (unsigned count)
 static const char *bytes; /* of the image */
 static uint64_t length;
 static struct qcow2_header header;
-static uint8_t *counted; /* references to each cluster */
+static uint32_t *counted; /* references to each cluster */
 
 static void
 count_cluster (uint64_t offset)
@@ -186,10 +226,11 @@ check_block (uint64_t nr, unsigned b, enum block_state state, uint64_t offset)
   const struct slot *slot = map_find (&map, nr);
   const enum block_state expected
     = slot ? bitmap_state (slot_load (slot).state, b) : BLOCK_HOLE;
-  CLEANUP_FREE char *buf = malloc (block_size);
 
   assert_int_equal (state, expected);
   if (state == BLOCK_ALLOCATED) {
+    CLEANUP_FREE char *buf = malloc (block_size);
+
     fill_block (buf, nr, b);
     assert_true (offset + block_size <= length);
     assert_memory_equal (bytes + offset, buf, block_size);
@@ -227,6 +268,10 @@ check_l2_table (uint64_t l1_index, uint64_t offset)
 
   if (offset)
     count_cluster (offset);
+  /* Of many entries for one table, some are enough. */
+  if (offset && counted[offset >> header.cluster_bits] > 10
+      && l1_index % 97 != 0)
+    return;
   for (unsigned i = 0; i < entries; ++i) {
     const uint64_t nr = l1_index * entries + i;
 
@@ -239,6 +284,24 @@ check_l2_table (uint64_t l1_index, uint64_t offset)
                                &c, &fault),
         0);
     check_cluster (nr, &c);
+  }
+}
+
+/* The bit that says "not shared" is in the entries of the L1 table that are alone with
+ * theirs.
+ */
+static void
+check_copied (void)
+{
+  for (uint64_t i = 0; i < header.l1_entries; ++i) {
+    uint64_t entry;
+
+    memcpy (&entry, bytes + header.l1_offset + i * 8, 8);
+    entry = be64toh (entry);
+    if (entry)
+      assert_int_equal (
+        entry >> 63,
+        counted[(entry & (UINT64_MAX >> 1)) >> header.cluster_bits] == 1);
   }
 }
 
@@ -287,7 +350,7 @@ check_image (const char *image, uint64_t size)
   assert_true (size >= QCOW2_MIN_FILE_SIZE);
   assert_int_equal (header.disk_size, source.geometry.disk_size);
 
-  counted = calloc (size / qcow2_cluster_size (&header) + 1, 1);
+  counted = calloc (size / qcow2_cluster_size (&header) + 1, sizeof *counted);
   count_cluster (0);
   count_range (header.l1_offset, header.l1_size);
   count_range (header.reftable_offset, header.reftable_size);
@@ -302,6 +365,7 @@ check_image (const char *image, uint64_t size)
     check_l2_table (i, offset);
   }
   check_refcounts ();
+  check_copied ();
   free (counted);
 }
 
@@ -336,15 +400,29 @@ read_planned (uint64_t *size)
   return buf;
 }
 
-/* Make the overlay's file into an image.  -1 and errno. */
+static uint64_t had_space; /* for so many tables, before an image was made */
+
+/* Make the overlay's file into an image, and give back what it does not use.  -1 and errno. */
 static int
 finish (void)
 {
-  uint64_t end;
+  struct giveback_budget budget
+    = { .nanoseconds = INT64_C (1) << 60, .extents = UINT32_MAX };
+  struct image_used used;
 
-  return image_finish (&source, &tables, &end) == -1
-           ? -1
-           : store_truncate (&store, end);
+  had_space = tables.with_space.nr;
+  if (image_finish (&source, &tables, &used) == -1)
+    return -1;
+  giveback (&store, block_size, &used, &budget);
+  free (used.words);
+  return 0;
+}
+
+/* No space had to be found for it. */
+static void
+check_space (void)
+{
+  assert_true (tables.used.nr <= had_space);
 }
 
 /* The overlay's file after that. */
@@ -376,13 +454,15 @@ check_both (uint64_t disk_size, uint32_t bs, enum qcow2_l2_format format,
   check_image (buf, size);
   free (buf);
 
-  assert_int_equal (finish (), 0);
-  buf = read_finished (&size);
-  check_image (buf, size);
-  free (buf);
-
-  /* No space had to be found for it. */
-  assert_true (slots == 0 || tables.nr_used <= tables.nr_with_space);
+  /* An extended one is always copied. */
+  if (format == QCOW2_PORTABLE) {
+    assert_int_equal (finish (), 0);
+    buf = read_finished (&size);
+    check_image (buf, size);
+    free (buf);
+    if (slots > 0)
+      check_space ();
+  }
   tear_down (NULL);
 }
 
@@ -412,47 +492,241 @@ test_empty (void **state)
   set_up_disk (MIB, 4096, QCOW2_PORTABLE);
 }
 
-/* Places that were given back leave holes in the file, whose refcounts are 0. */
-static void
-test_unused_places (void **state)
-{
-  uint64_t place, size;
-  char *buf;
-
-  (void) state;
-  set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
-  change_slot (5, UINT32_MAX);
-  assert_int_equal (places_take (&places, 7, &place), 7);
-  change_slot (6, UINT32_MAX);
-  places_give_back (&places, place, 7);
-  assert_int_equal (finish (), 0);
-  buf = read_finished (&size);
-  check_image (buf, size);
-  free (buf);
-}
-
-/* A disk that is touched everywhere has more L2 tables than fit into one place,
- * and refcounts that were set aside as it grew.
- */
-static void
-test_many_tables (void **state)
+/* Read, check and free the file that became an image.  Returns its length. */
+static uint64_t
+check_finished (void)
 {
   uint64_t size;
   char *buf;
 
-  (void) state;
-  set_up_disk (1024 * MIB, 4096, QCOW2_PORTABLE);
-  for (uint64_t nr = 0; nr < map.nr_slots; nr += 16)
-    change_slot (nr, UINT64_C (2) << 32 | 1);
   assert_int_equal (finish (), 0);
-  assert_true (tables.nr_used > 512);
-  assert_true (tables.nr_used <= tables.nr_with_space);
   buf = read_finished (&size);
+  check_image (buf, size);
+  free (buf);
+  return size;
+}
+
+static uint64_t
+bytes_of_file (void)
+{
+  struct stat st;
+
+  assert_int_equal (fstat (store.file.fd, &st), 0);
+  return (uint64_t) st.st_blocks * 512;
+}
+
+/* Addresses that nobody owns any more, or only old versions of the disk, are clusters whose
+ * refcounts are 0.  Their space is given back: at the end of the file, in long rows, and in
+ * between.
+ */
+static void
+test_unused_addresses (void **state)
+{
+  struct log_run row, single, last;
+  char *garbage = malloc (16 * MIB);
+  struct iovec iov = { .iov_base = garbage, .iov_len = 16 * MIB };
+
+  (void) state;
+  memset (garbage, 0xff, 16 * MIB);
+  set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
+  change_slot (5, UINT32_MAX);
+  assert_int_equal (log_take_row (&blocks, 2048, &row), 0);
+  change_slot (6, UINT32_MAX);
+  assert_int_equal (log_take_row (&blocks, 1, &single), 0);
+  change_slot (7, 5);
+  assert_int_equal (log_take_row (&blocks, 4096, &last), 0);
+  assert_int_equal (
+    store_writev (&store, &iov, 1, log_offset (&blocks, last.first)), 0);
+  iov = (struct iovec) { garbage, 8 * MIB };
+  assert_int_equal (
+    store_writev (&store, &iov, 1, log_offset (&blocks, row.first)), 0);
+  iov = (struct iovec) { garbage, 4096 };
+  assert_int_equal (
+    store_writev (&store, &iov, 1, log_offset (&blocks, single.first)), 0);
+  free (garbage);
+  assert_int_equal (tables_reserve_refcounts (&tables), 0);
+
+  /* Two slots and a bit, their L2 table, two refcount blocks and the table of these; the
+   * header, the L1 table.
+   */
+  assert_true (bytes_of_file () > 24 * MIB);
+  assert_true (check_finished () < 12 * MIB);
+  assert_true (bytes_of_file () <= (2 * 32 + 2 + 1 + 2 + 1 + 2) * 4096);
+  check_space ();
+}
+
+/* With no time for it, only what the file was made longer ahead of its use is cut off. */
+static void
+test_no_time (void **state)
+{
+  struct giveback_budget budget = { .nanoseconds = 0, .extents = 1000 };
+  struct image_used used;
+  struct log_run row;
+  uint64_t size;
+
+  (void) state;
+  set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
+  change_slot (5, UINT32_MAX);
+  assert_int_equal (log_take_row (&blocks, 1, &row), 0);
+  write_block (1, 1, row.first);
+  change_slot (6, UINT32_MAX);
+  assert_int_equal (image_finish (&source, &tables, &used), 0);
+  giveback (&store, block_size, &used, &budget);
+  assert_int_equal (store_size (&store, &size), 0);
+  assert_true (size == used.end);
+  assert_true (bytes_of_file () >= (2 * 32 + 1) * 4096);
+  free (used.words);
+  char *buf = read_finished (&size);
   check_image (buf, size);
   free (buf);
 }
 
-/* A file in which so many places went to old versions of the disk that the refcount
+/* Where free addresses lie between used ones, tables go there, each for itself. */
+static void
+test_scattered_tables (void **state)
+{
+  struct log_run row;
+
+  (void) state;
+  set_up_disk (1024 * MIB, 4096, QCOW2_PORTABLE);
+  change_slot (0, 1);
+  assert_int_equal (log_take_row (&blocks, 4000, &row), 0);
+  for (uint32_t i = 0; i < row.count; ++i)
+    if (i % 4 != 0)
+      log_give_back (&blocks, (struct log_run) { row.first + i, 1 });
+  for (uint64_t nr = 16; nr < map.nr_slots; nr += 16)
+    change_slot (nr, UINT64_C (2) << 32 | 1);
+  assert_true (tables.nr_runs > 100);
+  check_finished ();
+  check_space ();
+}
+
+/* Addresses that were used before, and were freed without being punched, hold older bytes.
+ * Tables that get them have space of their own: nothing of that is left.  (A file system
+ * that copies on write would want new space to write the table, which the save may not
+ * find.)
+ */
+static void
+test_tables_where_bytes_were (void **state)
+{
+  struct log_run row, run;
+  char bytes[4096];
+  bool punch;
+
+  (void) state;
+  set_up_disk (1024 * MIB, 4096, QCOW2_PORTABLE);
+  assert_int_equal (log_take_row (&blocks, 64, &row), 0);
+  for (uint32_t i = 0; i < row.count; ++i)
+    write_block (1, 1, row.first + i);
+  assert_int_equal (log_take_row (&blocks, 256, &run), 0);
+  log_wait (&blocks, row);
+  assert_true (log_take_waiting (&blocks));
+  while (log_next_taken (&blocks, 4096, &run, &punch))
+    log_free_taken (&blocks, run);
+
+  assert_int_equal (tables_reserve_l2 (&tables, 3), 1);
+  assert_true (tables.runs[0].first >= row.first
+               && tables.runs[0].first < row.first + row.count);
+  for (uint32_t i = 0; i < tables.runs[0].count; ++i) {
+    assert_int_equal (
+      store_read (&store, bytes, sizeof bytes,
+                  log_offset (&blocks, tables.runs[0].first + i)),
+      0);
+    assert_true (bytes[0] == 0
+                 && memcmp (bytes, bytes + 1, sizeof bytes - 1) == 0);
+  }
+}
+
+/* A disk that is touched everywhere has many L2 tables, and refcounts that were set aside as
+ * it grew.
+ */
+static void
+test_many_tables (void **state)
+{
+  (void) state;
+  set_up_disk (1024 * MIB, 4096, QCOW2_PORTABLE);
+  for (uint64_t nr = 0; nr < map.nr_slots; nr += 16)
+    change_slot (nr, UINT64_C (2) << 32 | 1);
+  check_finished ();
+  assert_true (tables.used.nr > 512);
+  check_space ();
+}
+
+static void
+check_zero_tables (uint64_t nr_l2)
+{
+  uint64_t size;
+  char *buf = read_planned (&size);
+
+  check_image (buf, size);
+  free (buf);
+  check_finished ();
+  assert_int_equal (tables.used.nr, nr_l2 + 1); /* and a refcount block */
+  check_space ();
+  tear_down (NULL);
+}
+
+/* L2 tables that are all zero are one, and one of them alone is a table like others. */
+static void
+test_zero_tables (void **state)
+{
+  (void) state;
+  for (unsigned nr = 1; nr <= 3; ++nr) {
+    set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
+    for (uint64_t i = 0; i < nr * 16; ++i)
+      change_slot (64 + i, UINT64_MAX << 32);
+    change_slot (64 + nr * 16, UINT64_MAX << 32);
+    check_zero_tables (2);
+  }
+
+  /* Whole leaves, of which some is written to again. */
+  set_up_disk (256 * MIB, 4096, QCOW2_PORTABLE);
+  zero_leaves (256, 3);
+  change_slot (1023, 7);
+  change_slot (700, UINT64_MAX << 32); /* which it is */
+  check_zero_tables (2);
+
+  /* The last table, which is not a whole one. */
+  set_up_disk (64 * MIB + 5000, 4096, QCOW2_PORTABLE);
+  zero_leaves (0, 2);
+  change_slot (512, UINT64_C (3) << 32);
+  check_zero_tables (2);
+  set_up_disk (3 * 4096, 4096, QCOW2_PORTABLE);
+  change_slot (0, UINT64_C (7) << 32);
+  check_zero_tables (1);
+
+  /* Leaves that are just a part of a table. */
+  set_up_disk (64 * 1024 * MIB, 128 * 1024, QCOW2_PORTABLE);
+  for (uint64_t i = 0; i < 10; ++i)
+    zero_leaves (i * 512 + 256, 1);
+  zero_leaves (20 * 512, 2);
+  check_zero_tables (11);
+  set_up_disk (MIB, 4096, QCOW2_PORTABLE);
+}
+
+/* More of them than a refcount can count, and two pages of the L1 table between them. */
+static void
+test_many_zero_tables (void **state)
+{
+  (void) state;
+  set_up_disk (UINT64_C (160) * 1024 * MIB, 4096, QCOW2_PORTABLE);
+  zero_leaves (0, 4100);
+  change_slot (4100 * 256, 3);
+  zero_leaves (4101 * 256 + 256 * 64, 300);
+  check_zero_tables (3);
+
+  /* The same in a planned one whose clusters are slots. */
+  set_up_disk (16 * 1024 * MIB, 4096, QCOW2_EXTENDED);
+  zero_leaves (0, 32 * 5);
+  change_slot (32 * 256 * 9, 1);
+  uint64_t size;
+  char *buf = read_planned (&size);
+  check_image (buf, size);
+  free (buf);
+  assert_true (size < 8 * MIB);
+}
+
+/* A file in which so many addresses went to old versions of the disk that the refcount
  * table is too long for the head: it moves, more than once, and stays where it was when
  * there is no space elsewhere.
  */
@@ -460,8 +734,9 @@ static void
 test_long_file (void **state)
 {
   static const uint64_t added[] = { 9 * 1024 * MIB, 130 * 1024 * MIB };
+  char garbage[1 << 18];
+  struct log_run row;
   struct stat st;
-  uint64_t place;
 
   (void) state;
   if (sizeof (size_t) < sizeof (uint64_t))
@@ -470,22 +745,27 @@ test_long_file (void **state)
   change_slots (20);
   for (unsigned i = 0; i < 2; ++i) {
     const uint64_t offset = tables.reftable_offset;
+    struct iovec iov = { .iov_base = garbage, .iov_len = sizeof garbage };
 
-    assert_int_equal (
-      places_take_row (&places, added[i] / slot_bytes (), &place), 0);
+    assert_int_equal (log_take_row (&blocks, added[i] / block_size, &row), 0);
+    /* What comes behind it was used before. */
+    memset (garbage, 0xff, sizeof garbage);
+    assert_int_equal (store_writev (&store, &iov, 1, log_end (&blocks)), 0);
+    fail_punches = true;
     fail_calls_from (1, ENOSPC);
     assert_int_equal (tables_reserve_refcounts (&tables), -1);
     assert_int_equal (call_has_failed (), ENOSPC);
+    fail_punches = false;
     assert_true (tables.reftable_offset == offset);
     change_slots (20);
-    assert_true (tables.reftable_offset >= place * slot_bytes ());
+    assert_true (tables.reftable_offset >= log_offset (&blocks, row.first));
   }
 
   /* All that the save will need has space. */
-  const uint64_t end = places_end (&places);
+  const uint64_t end = log_end (&blocks);
   assert_int_equal (finish (), 0);
-  assert_true (places_end (&places) == end);
-  assert_true (tables.nr_used <= tables.nr_with_space);
+  assert_true (log_end (&blocks) == end);
+  check_space ();
   assert_int_equal (fstat (store.file.fd, &st), 0);
   const size_t size = (size_t) st.st_size;
   char *image = mmap (NULL, size, PROT_READ, MAP_SHARED, store.file.fd, 0);
@@ -503,7 +783,7 @@ static void
 test_long_file_unplanned (void **state)
 {
   struct stat st;
-  uint64_t place;
+  struct log_run row;
 
   (void) state;
   if (sizeof (size_t) < sizeof (uint64_t))
@@ -511,8 +791,8 @@ test_long_file_unplanned (void **state)
   set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
   tables.space = TABLES_UNPLANNED;
   change_slots (20);
-  assert_int_equal (
-    places_take_row (&places, 9 * 1024 * MIB / slot_bytes (), &place), 0);
+  assert_int_equal (log_take_row (&blocks, 9 * 1024 * MIB / block_size, &row),
+                    0);
   change_slots (20);
   change_slot (100, 1);
   assert_int_equal (finish (), 0);
@@ -528,20 +808,15 @@ test_long_file_unplanned (void **state)
 static void
 test_space (void **state)
 {
-  struct stat st;
-
   (void) state;
   set_up_disk (64 * 1024 * MIB, 4096, QCOW2_PORTABLE);
   for (unsigned i = 0; i < 1000; ++i)
     change_slot (i * 512, 1);
   assert_int_equal (finish (), 0);
-  assert_int_equal (fstat (store.file.fd, &st), 0);
 
-  /* A block and an L2 table each, refcounts for a file of 1000 slots, and some
-   * pages of the head.
-   */
-  assert_true ((uint64_t) st.st_blocks * 512
-               <= 1000 * (4096 + 4096) + (1000 / 64 + 8) * 4096 + 256 * 1024);
+  /* A block and an L2 table each, some refcounts, and some pages of the head. */
+  assert_true (bytes_of_file ()
+               <= 1000 * (4096 + 4096) + 8 * 4096 + 256 * 1024);
 }
 
 /* Whatever fails, the overlay can still be read. */
@@ -605,43 +880,99 @@ test_plan_failures (void **state)
   }
 }
 
-/* Setting space aside fails with the reason, and can be tried again. */
+/* Setting space aside fails with the reason, and can be tried again: what was said to have
+ * space has it.
+ */
 static void
 test_reserve_failures (void **state)
 {
-  (void) state;
-  for (int n = 1;; ++n) {
-    int r;
+  bool failed = true;
 
-    set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
-    fail_calls_from (n, ENOSPC);
-    r = tables_reserve_l2 (&tables, 3);
-    const int err = call_has_failed ();
-    if (!err) {
-      assert_int_equal (r, 0);
-      return;
+  (void) state;
+  for (unsigned zero = 0; zero < 2; ++zero)
+    for (int n = 1; n == 1 || failed; ++n) {
+      int r;
+
+      set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
+      fail_calls_from (n, ENOSPC);
+      r = zero ? tables_reserve_zero_l2 (&tables, 0, 15)
+               : tables_reserve_l2 (&tables, 3);
+      failed = call_has_failed () != 0;
+      assert_int_equal (r, failed ? -1 : !zero);
+      if (zero)
+        zero_leaves (0, 1);
+      else
+        change_slots (50);
+      check_finished ();
+      check_space ();
+      tear_down (NULL);
     }
-    assert_int_equal (r, -1);
-    change_slots (50);
-    assert_int_equal (finish (), 0);
-    tear_down (NULL);
+  set_up_disk (MIB, 4096, QCOW2_PORTABLE);
+}
+
+/* Asked again, what has space costs nothing. */
+static void
+test_reserve_again (void **state)
+{
+  (void) state;
+  set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
+  assert_int_equal (tables_reserve_l2 (&tables, 3), 1);
+  assert_int_equal (tables_reserve_zero_l2 (&tables, 16, 31), 0);
+
+  const uint64_t nr = tables.nr_clusters, end = log_end (&blocks);
+  fail_calls_from (1, ENOSPC);
+  for (unsigned i = 0; i < 1000; ++i) {
+    assert_int_equal (tables_reserve_l2 (&tables, 3), 0);
+    assert_int_equal (tables_reserve_zero_l2 (&tables, 0, 15), 0);
   }
+  assert_int_equal (call_has_failed (), 0);
+  assert_true (tables.nr_clusters == nr && log_end (&blocks) == end);
+}
+
+/* What a request that fails had set aside is not counted any more, unless another one has
+ * asked for the same table meanwhile.
+ */
+static void
+test_cancel (void **state)
+{
+  (void) state;
+  set_up_disk (64 * MIB, 4096, QCOW2_PORTABLE);
+  assert_int_equal (tables_reserve_l2 (&tables, 3), 1);
+  tables_cancel_l2 (&tables, 3);
+  assert_int_equal (tables.nr_l2, 0);
+  assert_int_equal (tables_reserve_l2 (&tables, 3), 1);
+  assert_int_equal (tables_reserve_l2 (&tables, 3), 0);
+  tables_cancel_l2 (&tables, 3);
+  assert_int_equal (tables.nr_l2, 1);
+  assert_int_equal (tables_reserve_l2 (&tables, 3), 0);
+  for (unsigned i = 0; i < 100; ++i) {
+    assert_int_equal (tables_reserve_l2 (&tables, 4), 1);
+    tables_cancel_l2 (&tables, 4);
+  }
+  assert_int_equal (tables.nr_l2, 1);
 }
 
 int
 main (void)
 {
   const struct CMUnitTest tests[] = {
+    cmocka_unit_test_teardown (test_cancel, tear_down),
     cmocka_unit_test_teardown (test_both, tear_down),
     cmocka_unit_test_teardown (test_empty, tear_down),
-    cmocka_unit_test_teardown (test_unused_places, tear_down),
+    cmocka_unit_test_teardown (test_unused_addresses, tear_down),
+    cmocka_unit_test_teardown (test_no_time, tear_down),
+    cmocka_unit_test_teardown (test_scattered_tables, tear_down),
+    cmocka_unit_test_teardown (test_tables_where_bytes_were, tear_down),
     cmocka_unit_test_teardown (test_many_tables, tear_down),
+    cmocka_unit_test_teardown (test_zero_tables, tear_down),
+    cmocka_unit_test_teardown (test_many_zero_tables, tear_down),
     cmocka_unit_test_teardown (test_long_file, tear_down),
     cmocka_unit_test_teardown (test_long_file_unplanned, tear_down),
     cmocka_unit_test_teardown (test_space, tear_down),
     cmocka_unit_test_teardown (test_failures, tear_down),
     cmocka_unit_test_teardown (test_plan_failures, tear_down),
     cmocka_unit_test_teardown (test_reserve_failures, tear_down),
+    cmocka_unit_test_teardown (test_reserve_again, tear_down),
   };
 
   return cmocka_run_group_tests (tests, NULL, NULL);

@@ -1146,6 +1146,95 @@ tables_in_holes (void **state)
   load_close (image);
 }
 
+/* An L2 table that says nothing but zero may be there for many parts of the disk, the end
+ * of which need not be that of a table.
+ */
+static void
+shared_zero_tables (void **state)
+{
+  const uint64_t per_l2 = 512 * C, size = 5 * per_l2 - 3 * C;
+  CLEANUP_FREE uint8_t *expected = calloc (1, size);
+  CLEANUP_FREE uint8_t *of_base = malloc (size);
+  uint8_t bytes[SMALL_SIZE];
+
+  (void) state;
+  assert_non_null (expected);
+  assert_non_null (of_base);
+  memset (of_base, 'b', size);
+  make_small ();
+  memcpy (bytes, small, SMALL_SIZE);
+  put (bytes, 24, 8, size);
+  put (bytes, 36, 4, 5);
+  for (unsigned i = 0; i < 512; ++i)
+    put (bytes, L2_FIRST + 8 * i, 8, ZERO);
+  for (unsigned i = 0; i < 5; ++i)
+    put (bytes, L1 + 8 * i, 8,
+         i == 1   ? L2_SECOND | COPIED
+         : i == 3 ? 0
+                  : L2_FIRST);
+  memset (expected + per_l2, 'b', 511 * C);
+  memset (expected + per_l2 + 511 * C, 'z', C);
+  memset (expected + 3 * per_l2, 'b', per_l2);
+
+  struct loaded *image = open_good (make_file (bytes, SMALL_SIZE));
+  struct overlay *overlay = make_overlay (of_base, size, 4096);
+
+  assert_true (load_changed_bytes (image) == size - 2 * per_l2 + C);
+  assert_int_equal (load_into (image, overlay, &base), 0);
+  check_disk (overlay, expected);
+  overlay_free (overlay);
+  load_close (image);
+
+  /* But not if it says more. */
+  put (bytes, L2_FIRST + 8 * 511, 8, 0);
+  expect_refusal_of (make_file (bytes, SMALL_SIZE),
+                     "offset 12304: " TABLE_MESSAGE);
+}
+
+/* The same where a table is for more than is made zero at once. */
+static void
+shared_zero_tables_of_large_clusters (void **state)
+{
+  const uint64_t c = UINT64_C (2) << 20, per_l2 = c * (c / 8);
+  const uint64_t size = 3 * per_l2 - 5 * c;
+  CLEANUP_FREE uint8_t *bytes = calloc (1, 5 * c);
+  struct nbdkit_extents *x = nbdkit_extents_new (0, size);
+  int err;
+
+  (void) state;
+  assert_non_null (bytes);
+  make_small ();
+  memcpy (bytes, small, 120);
+  put (bytes, 20, 4, 21);
+  put (bytes, 24, 8, size);
+  put (bytes, 36, 4, 3);
+  put (bytes, 40, 8, 3 * c);
+  put (bytes, 48, 8, c);
+  for (unsigned i = 0; i < 3; ++i)
+    put (bytes, 3 * c + 8 * i, 8, 4 * c);
+  for (uint64_t i = 0; i < c / 8; ++i)
+    put (bytes, 4 * c + 8 * i, 8, ZERO);
+
+  struct loaded *image = open_good (make_file (bytes, 5 * c));
+  struct overlay *overlay = make_overlay (small_base, size, 65536);
+
+  assert_true (load_changed_bytes (image) == size);
+  assert_int_equal (load_into (image, overlay, &base), 0);
+  assert_int_equal (fake.nr_reads, 0);
+  for (uint64_t pos = 0; pos < size; pos += UINT32_C (1) << 31)
+    assert_int_equal (
+      blk_extents (live_disk (overlay), &base,
+                   (uint32_t) MIN (UINT32_C (1) << 31, size - pos), pos, 0, x,
+                   &err),
+      0);
+  assert_int_equal (nbdkit_extents_count (x), 1);
+  assert_int_equal (nbdkit_get_extent (x, 0).type,
+                    NBDKIT_EXTENT_HOLE | NBDKIT_EXTENT_ZERO);
+  nbdkit_extents_free (x);
+  overlay_free (overlay);
+  load_close (image);
+}
+
 /* A hole in a cluster that is as large as a block of the overlay, or larger, does
  * not have the base read for the rest of the block.
  */
@@ -1476,6 +1565,8 @@ main (void)
     TEST (random_images),
     TEST (preallocated_image),
     TEST (tables_in_holes),
+    TEST (shared_zero_tables),
+    TEST (shared_zero_tables_of_large_clusters),
     TEST (holes_do_not_split_blocks),
     TEST (neighbours_are_joined),
     TEST (every_call_fails_while_checking),

@@ -28,7 +28,7 @@
  * Between the rounds nothing is in flight, and all of the disk and its extents
  * are compared.
  *
- * The state of each block is modelled too.  It never depends on the order of
+ * The state of each block is modelled too.  (A zero that leaves no hole writes.)  It never depends on the order of
  * requests, except where one zeroes a whole block of which another writes
  * bytes of anybody's; such blocks may then be in either state.
  *
@@ -832,9 +832,8 @@ change_blocks (const struct connection *c, const struct request *r)
 
   for (uint64_t b = r->offset / options.block_size; b <= last; ++b) {
     bool whole = r->offset <= block_start (b) && block_end (b) <= end;
-    uint8_t event = r->op == OP_WRITE ? WRITTEN
-                    : whole           ? ZEROED_WHOLLY
-                                      : ZEROED_PARTLY;
+    bool written = r->op == OP_WRITE || r->flags & LIBNBD_CMD_FLAG_NO_HOLE;
+    uint8_t event = written ? WRITTEN : whole ? ZEROED_WHOLLY : ZEROED_PARTLY;
 
     if (layout->exclusive[b] == c->id + 1)
       states[b] = state_after (states[b], event);

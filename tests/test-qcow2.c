@@ -485,47 +485,74 @@ slots_by_their_bytes (void **state)
 
   (void) state;
   assert_int_equal (qcow2_geometry_init (&g, GiB, 4096, QCOW2_PORTABLE), 0);
-  for (enum qcow2_packing p = QCOW2_SPACED; p <= QCOW2_PACKED; ++p) {
+  for (unsigned scattered = 0; scattered < 2; ++scattered) {
+    const uint64_t offsets[SLOT_BLOCKS]
+      = { [0] = 0x40000, [1] = 0x99000, [2] = 0x7000 };
+
     memset (table, 0, sizeof table);
-    qcow2_encode_slot (&g, table, 3, STATE, 0x40000, p);
+    if (scattered)
+      qcow2_encode_scattered (table, 3, STATE, offsets);
+    else
+      qcow2_encode_slot (&g, table, 3, STATE, 0x40000);
     for (unsigned i = 0; i < 4096 / 8; ++i) {
       uint64_t expected = 0;
 
       if (i == 96)
         expected = UINT64_C (0x8000000000040000);
       else if (i == 98)
-        expected = UINT64_C (0x8000000000040000)
-                   + (p == QCOW2_SPACED ? 0x2000 : 0x1000);
+        expected = scattered ? UINT64_C (0x8000000000007000)
+                             : UINT64_C (0x8000000000041000);
       else if (i == 97 || i == 127)
         expected = 1;
       check_entry (table, i, expected);
     }
     assert_int_equal (table[4096], 0);
-  }
 
-  /* The first bytes are those of the largest digits. */
-  assert_memory_equal (table + 96 * 8, "\x80\0\0\0\0\x04\0\0", 8);
+    /* The first bytes are those of the largest digits. */
+    assert_memory_equal (table + 96 * 8, "\x80\0\0\0\0\x04\0\0", 8);
+  }
 
   assert_int_equal (qcow2_geometry_init (&g, GiB, 4096, QCOW2_EXTENDED), 0);
-  for (enum qcow2_packing p = QCOW2_SPACED; p <= QCOW2_PACKED; ++p) {
-    memset (table, 0, sizeof table);
-    qcow2_encode_slot (&g, table, 3, STATE, 0x40000, p);
-    qcow2_encode_slot (&g, table, 5, UINT64_C (0xffffffff) << 32, 0x80000, p);
-    for (unsigned i = 0; i < sizeof table / 8; ++i)
-      check_entry (table, i,
-                   i == 6    ? UINT64_C (0x8000000000040000)
-                   : i == 7  ? STATE
-                   : i == 11 ? UINT64_C (0xffffffff00000000)
-                             : 0);
-  }
+  memset (table, 0, sizeof table);
+  qcow2_encode_slot (&g, table, 3, STATE, 0x40000);
+  qcow2_encode_slot (&g, table, 5, UINT64_C (0xffffffff) << 32, 0x80000);
+  for (unsigned i = 0; i < sizeof table / 8; ++i)
+    check_entry (table, i,
+                 i == 6    ? UINT64_C (0x8000000000040000)
+                 : i == 7  ? STATE
+                 : i == 11 ? UINT64_C (0xffffffff00000000)
+                           : 0);
+}
+
+static void
+zero_tables_by_their_bytes (void **state)
+{
+  static uint8_t table[128 * KiB];
+  struct qcow2_geometry g;
+
+  (void) state;
+  assert_int_equal (qcow2_geometry_init (&g, GiB, 4096, QCOW2_PORTABLE), 0);
+  memset (table, 'x', sizeof table);
+  qcow2_encode_zero_table (&g, table);
+  for (unsigned i = 0; i < 4096 / 8; ++i)
+    check_entry (table, i, 1);
+  assert_int_equal (table[4096], 'x');
+
+  assert_int_equal (qcow2_geometry_init (&g, GiB, 4096, QCOW2_EXTENDED), 0);
+  qcow2_encode_zero_table (&g, table);
+  for (unsigned i = 0; i < sizeof table / 8; ++i)
+    check_entry (table, i, i % 2 ? UINT64_C (0xffffffff00000000) : 0);
 }
 
 static void
 other_entries_by_their_bytes (void **state)
 {
   (void) state;
-  assert_true (qcow2_l1_entry (0x123000)
+  assert_true (qcow2_l1_entry (0x123000, 1)
                == htobe64 (UINT64_C (0x8000000000123000)));
+  assert_true (qcow2_l1_entry (0x123000, 2) == htobe64 (0x123000));
+  assert_true (qcow2_l1_entry (0x123000, QCOW2_MAX_REFCOUNT)
+               == htobe64 (0x123000));
   assert_true (qcow2_reftable_entry (0x123000) == htobe64 (0x123000));
 }
 
@@ -542,14 +569,14 @@ slots_there_and_back (void **state)
   assert_int_equal (encode (4096, QCOW2_PORTABLE, NULL, NULL), 0);
   const struct qcow2_header h = decode ();
   assert_int_equal (qcow2_geometry_init (&g, GiB, 4096, QCOW2_PORTABLE), 0);
-  qcow2_encode_slot (&g, table, 0, STATE, MiB, QCOW2_SPACED);
+  qcow2_encode_slot (&g, table, 0, STATE, MiB);
   for (unsigned i = 0; i < 32; ++i) {
     assert_int_equal (
       qcow2_decode_l2_entry (&h, FILE_SIZE, table, i, 0, 4096, &c, &fault), 0);
     switch (bitmap_state (STATE, i)) {
     case BLOCK_ALLOCATED:
       assert_int_equal (c.kind, QCOW2_DATA);
-      assert_int_equal (c.offset, MiB + UINT64_C (4096) * i);
+      assert_int_equal (c.offset, MiB + (i == 2 ? 4096 : 0));
       break;
     case BLOCK_ZERO:
       assert_int_equal (c.kind, QCOW2_ZERO);
@@ -746,22 +773,23 @@ table_entries (void **state)
   assert_int_equal (encode (4096, QCOW2_PORTABLE, NULL, NULL), 0);
   const struct qcow2_header h = decode ();
 
-  assert_int_equal (qcow2_decode_l1_entry (&h, FILE_SIZE, qcow2_l1_entry (MiB),
-                                           8, &offset, &fault),
+  assert_int_equal (qcow2_decode_l1_entry (&h, FILE_SIZE,
+                                           qcow2_l1_entry (MiB, 1), 8, &offset,
+                                           &fault),
                     0);
   assert_int_equal (offset, MiB);
   assert_int_equal (
     qcow2_decode_l1_entry (&h, FILE_SIZE, 0, 8, &offset, &fault), 0);
   assert_int_equal (offset, 0);
   assert_int_equal (qcow2_decode_l1_entry (&h, FILE_SIZE,
-                                           qcow2_l1_entry (MiB + 512), 8,
+                                           qcow2_l1_entry (MiB + 512, 1), 8,
                                            &offset, &fault),
                     -1);
   assert_string_equal (fault.what, "an L2 table is not aligned");
   assert_int_equal (fault.offset, 8);
-  assert_int_equal (qcow2_decode_l1_entry (&h, FILE_SIZE - 1,
-                                           qcow2_l1_entry (FILE_SIZE - 4096),
-                                           8, &offset, &fault),
+  assert_int_equal (qcow2_decode_l1_entry (
+                      &h, FILE_SIZE - 1, qcow2_l1_entry (FILE_SIZE - 4096, 1),
+                      8, &offset, &fault),
                     -1);
   assert_string_equal (fault.what,
                        "an L2 table goes beyond the end of the file");
@@ -801,6 +829,7 @@ main (void)
     cmocka_unit_test (names_that_do_not_fit),
     cmocka_unit_test (header_cut_short),
     cmocka_unit_test (slots_by_their_bytes),
+    cmocka_unit_test (zero_tables_by_their_bytes),
     cmocka_unit_test (other_entries_by_their_bytes),
     cmocka_unit_test (slots_there_and_back),
     cmocka_unit_test (standard_entries),

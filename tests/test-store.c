@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 
-/* The overlay file and its places without a server. */
+/* The overlay file without a server. */
 
 #include <config.h>
 
@@ -19,32 +19,35 @@
 #include <cmocka.h>
 
 #include "faults.h"
-#include "overlay/places.h"
+#include "overlay/store.h"
 #include "server/tmpdir.h"
 
-#define PLACE UINT64_C (131072)
+#define BLOCK UINT64_C (131072)
 
 static char dir[4096];
 static struct store store;
-static struct places places;
 
 static int
 set_up (void **state)
 {
   (void) state;
   store_init (&store, dir, NEWFILE_ANONYMOUS, STORE_WRITES_BACK_LATE);
-  places_init (&places, &store, PLACE, 1);
   return 0;
+}
+
+static int
+set_up_file (void **state)
+{
+  return set_up (state) || store_make_file (&store);
 }
 
 static int
 tear_down (void **state)
 {
   (void) state;
-  places_destroy (&places);
   store_destroy (&store);
   fail_calls_from (0, 0);
-  short_transfers = fail_punches = no_tmpfile = false;
+  short_transfers = fail_punches = fail_truncates = no_tmpfile = false;
   return 0;
 }
 
@@ -66,178 +69,158 @@ write_bytes (const char *bytes, size_t count, uint64_t offset)
 }
 
 static void
-file_is_made_at_the_first_place (void **state)
+file_is_made_once (void **state)
 {
-  uint64_t place;
   struct stat st;
 
   (void) state;
   assert_int_equal (store.file.fd, -1);
-  assert_int_equal (places_take (&places, 1, &place), 1);
-  assert_int_equal (place, 1);
+  assert_int_equal (store_make_file (&store), 0);
   assert_int_equal (fstat (store.file.fd, &st), 0);
   assert_int_equal (st.st_nlink, 0);
   assert_int_equal (st.st_mode & 0777, 0600);
   assert_true (fcntl (store.file.fd, F_GETFD) & FD_CLOEXEC);
+
+  const int fd = store.file.fd;
+
+  fail_calls_from (1, ENOENT);
+  assert_int_equal (store_make_file (&store), 0);
+  assert_int_equal (call_has_failed (), 0);
+  assert_int_equal (store.file.fd, fd);
 }
 
 static void
 file_without_tmpfile (void **state)
 {
   no_tmpfile = true;
-  file_is_made_at_the_first_place (state);
+  file_is_made_once (state);
   assert_int_equal (rmdir (dir), 0); /* nothing is left in it */
   assert_int_equal (mkdir (dir, 0700), 0);
 }
 
 static void
-places_come_in_order (void **state)
+directory_is_gone (void **state)
 {
-  uint64_t place;
-
   (void) state;
-  assert_int_equal (places_take (&places, 3, &place), 3);
-  assert_int_equal (place, 1);
-  assert_int_equal (places_take (&places, 2, &place), 2);
-  assert_int_equal (place, 4);
-}
-
-static void
-places_given_back_are_given_out_again (void **state)
-{
-  uint64_t place;
-
-  (void) state;
-  assert_int_equal (places_take (&places, 10, &place), 10);
-  places_give_back (&places, 3, 2);
-  places_give_back (&places, 7, 1);
-  /* The first ones of the file first, in runs. */
-  assert_int_equal (places_take (&places, 5, &place), 2);
-  assert_int_equal (place, 3);
-  assert_int_equal (places_take (&places, 1, &place), 1);
-  assert_int_equal (place, 7);
-  assert_int_equal (places_take (&places, 1, &place), 1);
-  assert_int_equal (place, 11);
-  /* The last one: the end moves back. */
-  places_give_back (&places, 11, 1);
-  assert_int_equal (places_take (&places, 4, &place), 4);
-  assert_int_equal (place, 11);
-}
-
-/* Behind many others too, and the end moves back over all that are free. */
-static void
-many_places_given_back (void **state)
-{
-  const uint64_t nr = 1000;
-  uint64_t place;
-
-  (void) state;
-  assert_int_equal (places_take (&places, nr, &place), nr);
-  for (uint64_t i = 1; i < nr; i += 2)
-    places_give_back (&places, place + i - 1, 1);
-  for (uint64_t i = 1; i < nr; i += 2) {
-    assert_int_equal (places_take (&places, nr, &place), 1);
-    assert_int_equal (place, i);
-  }
-  for (uint64_t i = 1; i < nr; ++i)
-    places_give_back (&places, i, 1);
-  assert_int_equal (places_end (&places), (nr + 1) * PLACE);
-  places_give_back (&places, nr, 1);
-  assert_int_equal (places_end (&places), PLACE);
+  assert_int_equal (rmdir (dir), 0);
+  assert_int_equal (store_make_file (&store), -1);
+  assert_int_equal (errno, ENOENT);
+  assert_int_equal (mkdir (dir, 0700), 0);
+  assert_int_equal (store_make_file (&store), 0);
 }
 
 static void
 copied_bytes (void **state)
 {
-  static char bytes[PLACE], copy[PLACE];
-  uint64_t place;
+  static char bytes[BLOCK], copy[BLOCK];
 
   (void) state;
   for (size_t i = 0; i < sizeof bytes; ++i)
     bytes[i] = (char) (i / 3);
-  assert_int_equal (places_take (&places, 2, &place), 2);
-  write_bytes (bytes, sizeof bytes, PLACE);
+  write_bytes (bytes, sizeof bytes, BLOCK);
   short_transfers = true;
-  assert_int_equal (store_copy (&store, PLACE, 2 * PLACE, PLACE), 0);
+  assert_int_equal (store_copy (&store, BLOCK, 2 * BLOCK, BLOCK), 0);
   short_transfers = false;
-  assert_int_equal (store_read (&store, copy, PLACE, 2 * PLACE), 0);
-  assert_memory_equal (copy, bytes, PLACE);
-  fail_calls_from (1, ENOSPC);
-  assert_int_equal (store_copy (&store, PLACE, 2 * PLACE, PLACE), -1);
-  assert_int_equal (call_has_failed (), ENOSPC);
+  assert_int_equal (store_read (&store, copy, BLOCK, 2 * BLOCK), 0);
+  assert_memory_equal (copy, bytes, BLOCK);
+  for (int n = 1; n <= 4; ++n) {
+    fail_calls_from (n, ENOSPC);
+    assert_int_equal (store_copy (&store, BLOCK, 2 * BLOCK, BLOCK), -1);
+    assert_int_equal (errno, ENOSPC);
+    assert_int_equal (call_has_failed (), ENOSPC);
+  }
 }
 
 static void
-giving_back_without_memory (void **state)
+punched_bytes_are_given_back (void **state)
 {
-  uint64_t place;
-
-  (void) state;
-  assert_int_equal (places_take (&places, 3, &place), 3);
-  fail_calls_from (1, ENOMEM);
-  places_give_back (&places, 1, 1);
-  assert_int_equal (call_has_failed (), ENOMEM);
-  assert_int_equal (places_take (&places, 1, &place), 1);
-  assert_int_equal (place, 4); /* lost, not given out twice */
-}
-
-static void
-given_back_means_punched (void **state)
-{
-  static char bytes[PLACE];
-  uint64_t place;
+  static char bytes[2 * BLOCK], got[2 * BLOCK];
 
   (void) state;
   memset (bytes, 'x', sizeof bytes);
-  assert_int_equal (places_take (&places, 2, &place), 2);
-  write_bytes (bytes, sizeof bytes, PLACE);
-  assert_true (bytes_used () >= PLACE);
-  places_give_back (&places, 1, 1);
-  assert_true (bytes_used () < PLACE);
+  write_bytes (bytes, sizeof bytes, BLOCK);
+  assert_true (bytes_used () >= 2 * BLOCK);
+  store_punch (&store, BLOCK, BLOCK);
+  assert_true (bytes_used () < 2 * BLOCK);
+  memset (bytes, 0, BLOCK);
+  assert_int_equal (store_read (&store, got, sizeof got, BLOCK), 0);
+  assert_memory_equal (got, bytes, sizeof got);
 }
 
 static void
-no_place_beyond_the_longest_file (void **state)
+punching_keeps_errno (void **state)
 {
-  uint64_t place;
+  (void) state;
+  fail_punches = true;
+  errno = ENOSPC;
+  store_punch (&store, BLOCK, BLOCK);
+  assert_int_equal (errno, ENOSPC);
+}
+
+/* What is there stays. */
+static void
+space_is_set_aside (void **state)
+{
+  char byte = 0;
 
   (void) state;
-  assert_int_equal (places_take (&places, 1, &place), 1);
-  const uint64_t most = INT64_MAX / PLACE - 1;
-  assert_true (places_take (&places, UINT64_MAX, &place) == most - 1);
-  assert_true ((place + most - 1) * PLACE <= INT64_MAX);
-  errno = 0;
-  assert_int_equal (places_take (&places, 1, &place), 0);
-  assert_int_equal (errno, EFBIG);
+  write_bytes ("x", 1, 5);
+  assert_int_equal (store_set_aside (&store, 0, 2 * BLOCK), 0);
+  assert_true (bytes_used () >= 2 * BLOCK);
+  assert_int_equal (store_read (&store, &byte, 1, 5), 0);
+  assert_int_equal (byte, 'x');
+  assert_int_equal (store_read (&store, &byte, 1, 2 * BLOCK - 1), 0);
+  assert_int_equal (byte, 0);
+  fail_calls_from (1, ENOSPC);
+  assert_int_equal (store_set_aside (&store, 0, 3 * BLOCK), -1);
+  assert_int_equal (errno, ENOSPC);
+}
+
+/* What is there does not.  Not every file system can do that, and then it says so. */
+static void
+range_is_made_zero (void **state)
+{
+  static char bytes[2 * BLOCK], got[2 * BLOCK];
+
+  (void) state;
+  memset (bytes, 'x', sizeof bytes);
+  write_bytes (bytes, BLOCK, 0);
+  fail_punches = true;
+  assert_int_equal (store_zero_range (&store, 0, 2 * BLOCK), -1);
+  assert_int_equal (errno, EOPNOTSUPP);
+  fail_punches = false;
+  fail_calls_from (1, ENOSPC);
+  assert_int_equal (store_zero_range (&store, 0, 2 * BLOCK), -1);
+  assert_int_equal (errno, ENOSPC);
+  fail_calls_from (0, 0);
+  if (store_zero_range (&store, 0, 2 * BLOCK) == -1) {
+    assert_int_equal (errno, EOPNOTSUPP);
+    return;
+  }
+  assert_true (bytes_used () >= 2 * BLOCK);
+  memset (bytes, 0, sizeof bytes);
+  assert_int_equal (store_read (&store, got, sizeof got, 0), 0);
+  assert_memory_equal (got, bytes, sizeof got);
 }
 
 static void
-places_in_a_row_or_none (void **state)
+file_gets_longer_and_shorter (void **state)
 {
-  uint64_t place;
+  uint64_t size;
 
   (void) state;
-  assert_int_equal (places_take (&places, 3, &place), 3);
-  places_give_back (&places, 1, 2);
-  assert_int_equal (places_take_row (&places, 2, &place), 0);
-  assert_int_equal (place, 4);
-  assert_int_equal (places_take_row (&places, UINT64_MAX, &place), -1);
-  assert_int_equal (errno, EFBIG);
-  assert_int_equal (places_end (&places), 6 * PLACE);
-}
-
-static void
-directory_is_gone (void **state)
-{
-  uint64_t place;
-
-  (void) state;
-  assert_int_equal (rmdir (dir), 0);
-  assert_int_equal (places_take (&places, 1, &place), 0);
-  assert_int_equal (errno, ENOENT);
-  assert_int_equal (mkdir (dir, 0700), 0);
-  assert_int_equal (places_take (&places, 1, &place), 1);
-  assert_int_equal (place, 1);
+  write_bytes ("x", 1, 0);
+  assert_int_equal (store_size (&store, &size), 0);
+  assert_int_equal (size, 1);
+  assert_int_equal (store_truncate (&store, 3 * BLOCK), 0);
+  assert_int_equal (store_size (&store, &size), 0);
+  assert_int_equal (size, 3 * BLOCK);
+  assert_int_equal (store_truncate (&store, BLOCK), 0);
+  assert_int_equal (store_size (&store, &size), 0);
+  assert_int_equal (size, BLOCK);
+  fail_truncates = true;
+  assert_int_equal (store_truncate (&store, 0), -1);
+  assert_int_equal (errno, EPERM);
 }
 
 static void
@@ -250,14 +233,12 @@ short_and_interrupted_transfers (void **state)
     { .iov_base = c, .iov_len = strlen (c) },
   };
   char got[sizeof a + sizeof c];
-  uint64_t place;
 
   (void) state;
-  assert_int_equal (places_take (&places, 1, &place), 1);
   short_transfers = true;
-  assert_int_equal (store_writev (&store, iov, 3, PLACE + 3), 0);
+  assert_int_equal (store_writev (&store, iov, 3, BLOCK + 3), 0);
   assert_int_equal (
-    store_read (&store, got, strlen (a) + strlen (c), PLACE + 3), 0);
+    store_read (&store, got, strlen (a) + strlen (c), BLOCK + 3), 0);
   assert_memory_equal (got, "Never lose an acknowledged write",
                        strlen (a) + strlen (c));
 }
@@ -266,31 +247,16 @@ static void
 errors_are_told (void **state)
 {
   char byte = 'x';
-  uint64_t place;
 
   (void) state;
-  assert_int_equal (places_take (&places, 1, &place), 1);
   fail_calls_from (1, ENOSPC);
   struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
-  assert_int_equal (store_writev (&store, &iov, 1, PLACE), -1);
+  assert_int_equal (store_writev (&store, &iov, 1, BLOCK), -1);
   assert_int_equal (errno, ENOSPC);
   fail_calls_from (0, 0);
   /* Past the end of the file: somebody has cut it. */
-  assert_int_equal (store_read (&store, &byte, 1, 5 * PLACE), -1);
+  assert_int_equal (store_read (&store, &byte, 1, 5 * BLOCK), -1);
   assert_int_equal (errno, EIO);
-}
-
-static void
-punching_keeps_errno (void **state)
-{
-  uint64_t place;
-
-  (void) state;
-  assert_int_equal (places_take (&places, 1, &place), 1);
-  fail_punches = true;
-  errno = ENOSPC;
-  store_punch (&store, PLACE, PLACE);
-  assert_int_equal (errno, ENOSPC);
 }
 
 static void
@@ -319,25 +285,24 @@ directories (void **state)
 
 #define WITH_STORE(test)                                                      \
   cmocka_unit_test_setup_teardown (test, set_up, tear_down)
+#define WITH_FILE(test)                                                       \
+  cmocka_unit_test_setup_teardown (test, set_up_file, tear_down)
 
 int
 main (void)
 {
   const struct CMUnitTest tests[] = {
-    WITH_STORE (file_is_made_at_the_first_place),
+    WITH_STORE (file_is_made_once),
     WITH_STORE (file_without_tmpfile),
-    WITH_STORE (places_come_in_order),
-    WITH_STORE (places_given_back_are_given_out_again),
-    WITH_STORE (many_places_given_back),
-    WITH_STORE (copied_bytes),
-    WITH_STORE (giving_back_without_memory),
-    WITH_STORE (given_back_means_punched),
-    WITH_STORE (no_place_beyond_the_longest_file),
-    WITH_STORE (places_in_a_row_or_none),
     WITH_STORE (directory_is_gone),
-    WITH_STORE (short_and_interrupted_transfers),
-    WITH_STORE (errors_are_told),
-    WITH_STORE (punching_keeps_errno),
+    WITH_FILE (copied_bytes),
+    WITH_FILE (punched_bytes_are_given_back),
+    WITH_FILE (punching_keeps_errno),
+    WITH_FILE (space_is_set_aside),
+    WITH_FILE (range_is_made_zero),
+    WITH_FILE (file_gets_longer_and_shorter),
+    WITH_FILE (short_and_interrupted_transfers),
+    WITH_FILE (errors_are_told),
     cmocka_unit_test (directories),
   };
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# The file system gets full while a slot that a snapshot has is moved: the write fails with
-# ENOSPC and has changed neither the live disk nor the snapshot, nor kept the room that there
-# was.  When the snapshot has gone, it succeeds.
+# The file system gets full while a snapshot is held: a write to a block that it shows fails
+# with ENOSPC and has changed neither the live disk nor the snapshot, nor kept the room that
+# there was.  When the snapshot has gone, it succeeds.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 requires_plugin pattern
@@ -51,12 +51,16 @@ moment = bytes(model)
 diff = connect("@diff.qcow2")
 image = diff.pread(diff.get_size(), 0)
 
-# Fill it up, but for less than a full slot needs.
+# Fill it up, but for less than a block needs.
 at = 3 * M
-while room() > 3 * block + 32 * K:
-    n = max((room() - 3 * block - 32 * K) // 2 // block, 1) * block
-    put(b"f" * n, at)
-    at += n
+n = M
+while n >= block:
+    try:
+        put(b"f" * n, at)
+        at += n
+    except nbd.Error as e:
+        expect(e.errnum, errno.ENOSPC, "a full file system")
+        n //= 2
 left = room()
 for i in range(3):
     # A part of a block, a whole one, several slots; and zeroes with ends in blocks.

@@ -3,7 +3,7 @@
 #
 # What only a view has takes space as long as somebody has the view.  Then the overlay takes
 # what the live disk needs again: in whatever order views go, also for what was zeroed
-# meanwhile, and the places are used again, so that the file does not grow for ever.
+# meanwhile, and the log is used again, so that the file does not grow for ever.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 requires_plugin memory
@@ -43,8 +43,8 @@ def needed():
 
 
 def takes(n, what):
-    if not n <= used(o) <= n + slack:
-        fail("%s: the overlay takes %d bytes, not %d" % (what, used(o), n))
+    """A few small ranges that are free may not have been given back."""
+    settles(o, n, n + n // 8 + slack, what)
 
 
 def check(v, content, what):
@@ -72,11 +72,11 @@ leave(s)
 takes(n, "after the snapshot")
 check(h, model, "the live disk")
 
-# One block of each slot: with it comes the slot, and goes again.
+# One block of each slot, and no more.
 s = connect("@snapshot")
 for i in range(0, 512, 32):
     put(i + 5, 1)
-takes(n + 512 * block, "a block of each slot")
+takes(n + 16 * block, "a block of each slot")
 leave(s)
 takes(n, "after a block of each slot")
 
@@ -94,7 +94,7 @@ wipe(h.zero, 0, 2048)
 takes(0, "nothing")
 
 # Two views, of which the one or the other goes first, with changes between them.  What
-# the other one shows stays, also when places are used again.
+# the other one shows stays, also when addresses are used again.
 def whole(v):
     return v.pread(min(v.get_size(), 16 * M), 0)
 
@@ -112,8 +112,7 @@ for names in ("@snapshot", "@diff.qcow2"), ("@diff.qcow2", "@snapshot"):
         shown = whole(views[stays])
         before = used(o)
         leave(views[goes])
-        if used(o) >= before:
-            fail("%s has gone first and gave nothing back" % names[goes])
+        until(lambda: used(o) < before, names[goes] + " has gone first")
         put(32, 16)
         put(256, 256)
         same(whole(views[stays]), shown, "what stays, " + names[stays])
