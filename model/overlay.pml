@@ -284,7 +284,36 @@ byte rounds_begun, rounds_done;
 bool round_asked;
 bool busy; /* a round is under way */
 bool left; /* no other one begins */
-bool cut;  /* the end of the server has waited for that */
+bool cut;  /* the end of the server has waited for that: the file is not ours any more */
+
+/* The view lock.  Who holds it shared knows whether the file is still ours, and uses it
+ * without the request lock.
+ */
+byte file_users;
+
+inline use_file ()
+{
+#if defined END && !defined BREAK_7_FILE_IN_USE_AFTER_END
+  d_step {
+    ours = !cut;
+    if :: ours -> file_users++ :: else fi
+  }
+#else
+  ours = true
+#endif
+}
+
+inline let_file_go ()
+{
+#if defined END && !defined BREAK_7_FILE_IN_USE_AFTER_END
+  d_step {
+    if :: ours -> file_users-- :: else fi;
+    ours = false
+  }
+#else
+  ours = false
+#endif
+}
 
 /* Wait for a round that begins after this (rule 10).  Holds no lock, and is not counted. */
 inline wait_for_round ()
@@ -1250,18 +1279,24 @@ inline bury (s)
 }
 
 /* What a try took is given back, when it has let go.  Nobody else knows these
- * addresses: one step.
+ * addresses: one step.  They stay taken when the file is not ours any more.
  */
 inline give_back ()
 {
+  use_file ();
   d_step {
+    if :: ours && cut -> WRONG (punched_after_the_end) :: else fi;
     for (t_s : 0 .. NBLOCK - 1) {
       if
       :: ((fresh[t_s / BLOCKS] | has_space[t_s / BLOCKS]) & 1 << (t_s % BLOCKS)) &&
            new[t_s] != 0 && new[t_s] != old[t_s] ->
 #ifndef BREAK_7_KEEPS_ADDRESS
-        for (t_x : 0 .. BYTES - 1) { file[new[t_s] * BYTES + t_x] = JUNK };
-        address_is[new[t_s]] = FREE
+        if
+        :: ours ->
+          for (t_x : 0 .. BYTES - 1) { file[new[t_s] * BYTES + t_x] = JUNK };
+          address_is[new[t_s]] = FREE
+        :: else -> address_is[new[t_s]] = TAKEN
+        fi
 #else
         skip
 #endif
@@ -1281,8 +1316,9 @@ inline give_back ()
       fi
     };
     skip
-  }
+  };
 #endif
+  let_file_go ()
 }
 
 /* The whole blocks of a zero that keeps its space get their addresses, and their zeroes,
@@ -1290,9 +1326,14 @@ inline give_back ()
  */
 inline provide ()
 {
+  use_file ();
+  if
+  :: !ours -> d_step { failed (); over = true } /* ESHUTDOWN */
+  :: else
+  fi;
   s = SLOT_OF (from);
   do
-  :: s <= last && !no_space ->
+  :: s <= last && !no_space && !over ->
     d_step { find_blocks (s); has_space[s] = whole; touched = 0; whole = 0 };
     b = 0;
     do
@@ -1304,6 +1345,7 @@ inline provide ()
           if
           :: new[s * BLOCKS + b] == 0 -> no_space = true
           :: else ->
+            if :: cut -> WRONG (punched_after_the_end) :: else fi;
             for (t_x : 0 .. BYTES - 1) { file[new[s * BLOCKS + b] * BYTES + t_x] = 0 }
           fi
         }
@@ -1314,7 +1356,8 @@ inline provide ()
     od;
     s++
   :: else -> s = 0; break
-  od
+  od;
+  let_file_go ()
 }
 
 /* Forget all of a try. */
@@ -1365,6 +1408,7 @@ try:
 
 #ifdef SPACE
   if :: kind == PROVIDES -> provide () :: else fi;
+  if :: over -> goto end :: else fi;
   if :: no_space -> goto no_room :: else fi;
 #endif
   lock_slots ();
@@ -1567,7 +1611,7 @@ end:
   byte write[SLOTS], fresh[SLOTS], bring[SLOTS], dies[SLOTS], has_space[SLOTS]; \
   byte old[NBLOCK], new[NBLOCK]; \
   bool is_dead_shared[NBLOCK], in_place[SLOTS], zero_leaf[SLOTS]; \
-  bool over, unlocked, no_space, second_try, looked_for_zero; \
+  bool over, unlocked, no_space, second_try, looked_for_zero, ours; \
   bit my_phase
 
 proctype request (byte op; byte kind; byte from; byte to)
@@ -2030,13 +2074,11 @@ proctype ender ()
   d_step { MAY_EXCLUDE -> waiting--; closed = true };
 #endif
   d_step { read_frozen (f) }
-#if CLEAN > 0
   left = true;
 #ifdef BREAK_6_LEAVES_AT_ONCE
-  cut = true
+  d_step { file_users == 0 -> cut = true }
 #else
-  d_step { !busy -> cut = true }
-#endif
+  d_step { !busy && file_users == 0 -> cut = true }
 #endif
 }
 #endif
