@@ -30,6 +30,7 @@
 
 #include "bitmap.h"
 #include "blk.h"
+#include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/debug.h"
 #include "common/lock.h"
@@ -358,12 +359,6 @@ overwrite (const struct overlay *o, const char *buf, uint64_t offset,
   return 0;
 }
 
-static bool
-is_zero (const char *buf, size_t count)
-{
-  return count == 0 || (buf[0] == 0 && memcmp (buf, buf + 1, count - 1) == 0);
-}
-
 /* Do the bytes OFFSET .. END-1 of the disk, in BUF, cover a block of zeroes? */
 static bool
 has_zero_block (const struct overlay *o, const char *buf, uint64_t offset,
@@ -372,7 +367,7 @@ has_zero_block (const struct overlay *o, const char *buf, uint64_t offset,
   const uint64_t bs = block_size (o);
 
   for (uint64_t block = ROUND_UP (offset, bs); block + bs <= end; block += bs)
-    if (is_zero (buf + (block - offset), bs))
+    if (bytes_are_zero (buf + (block - offset), bs))
       return true;
   return false;
 }
@@ -400,7 +395,7 @@ detect_zeroes (struct change *c, const struct iovec *parts, int nr_parts,
     const int nr_iov = slice_parts (parts, nr_parts, block - offset,
                                     MIN (block + bs, end) - offset, iov);
     for (int i = 0; i < nr_iov && zero; ++i)
-      zero = is_zero (iov[i].iov_base, iov[i].iov_len);
+      zero = bytes_are_zero (iov[i].iov_base, iov[i].iov_len);
     if (zero)
       change_make_zero (c, block);
   }

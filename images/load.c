@@ -280,9 +280,7 @@ goes_on (const struct run *run, const struct run *next)
          && next->disk_offset % DATA_RUN != 0;
 }
 
-/* NEXT is not longer than a WALK_PIECE, or, if of zeroes, a cluster, and does not
- * cross one of the places where runs end.
- */
+/* NEXT does not cross one of the places where runs end. */
 static int
 add_to_run (struct transfer *t, const struct run *next)
 {
@@ -345,13 +343,21 @@ add_data (struct transfer *t, uint64_t disk_offset, uint64_t offset,
 static int
 add_zeroes (struct transfer *t, uint64_t disk_offset, uint64_t length)
 {
-  const struct run next = {
-    .kind = RUN_OF_ZEROES,
-    .length = length,
-    .disk_offset = disk_offset,
-  };
+  const uint64_t end = disk_offset + length;
 
-  return add_to_run (t, &next);
+  while (disk_offset < end) {
+    const uint64_t run_end = ROUND_DOWN (disk_offset, ZERO_RUN) + ZERO_RUN;
+    const struct run next = {
+      .kind = RUN_OF_ZEROES,
+      .length = MIN (run_end, end) - disk_offset,
+      .disk_offset = disk_offset,
+    };
+
+    if (add_to_run (t, &next) == -1)
+      return -1;
+    disk_offset += next.length;
+  }
+  return 0;
 }
 
 /* "Extended L2 Entries": the first REACH bytes of a cluster whose subclusters

@@ -225,20 +225,15 @@ static int
 walk_zero_table (struct walk *w, uint64_t entry, uint64_t disk_offset)
 {
   const struct qcow2_header *h = &w->image->header;
-  const uint64_t end = MIN (disk_offset + bytes_per_l2 (h), h->disk_size);
-  struct met met = {
+  const struct met met = {
     .cluster = { .kind = QCOW2_ZERO },
     .entry = entry,
     .disk_offset = disk_offset,
+    .reach = MIN (bytes_per_l2 (h), h->disk_size - disk_offset),
   };
 
-  for (; met.disk_offset < end; met.disk_offset += met.reach) {
-    met.reach = MIN (end - met.disk_offset, WALK_ZEROES);
-    w->so_far.changed_bytes += met.reach;
-    if (refuse_if_more (w, entry) == -1 || w->visit_cluster (w, &met) == -1)
-      return -1;
-  }
-  return 0;
+  w->so_far.changed_bytes += met.reach;
+  return refuse_if_more (w, entry) == -1 ? -1 : w->visit_cluster (w, &met);
 }
 
 /* The entry of the L1 table that is at OFFSET of the file. */

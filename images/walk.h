@@ -23,9 +23,6 @@ struct expander;
  */
 #define WALK_PIECE UINT64_C (65536)
 
-/* Zeroes are met in pieces of no more than this. */
-#define WALK_ZEROES (UINT64_C (1) << 30)
-
 /* What a walk has met: the size of the work. */
 struct amounts {
   uint64_t l2_tables;
@@ -70,9 +67,7 @@ extern struct stretch walk_find_stretch (const struct loaded *image,
                                          struct stretch *last,
                                          uint64_t offset);
 
-/* A cluster of the disk that is not unallocated; or many that are zero, none of which
- * goes over a multiple of WALK_ZEROES on the disk.
- */
+/* A cluster of the disk that is not unallocated; or all of an L2 table, if they are zero. */
 struct met {
   struct qcow2_cluster cluster;
   uint64_t entry;       /* offset of its L2 entry in the file */

@@ -35,6 +35,9 @@
 #include "overlay/change.h"
 #include "overlay/private.h"
 
+/* Written with no look at whether the overlay is open still. */
+#define ZEROES_AT_ONCE (UINT64_C (64) << 10)
+
 /* The slot locks of COUNT slots from FIRST on. */
 static uint64_t
 stripes_of (uint64_t first, size_t count)
@@ -315,20 +318,15 @@ take_addresses (struct change *c, uint64_t wanted)
 static int
 write_zeroes (struct overlay *o, struct log_run run)
 {
-  static const char zeroes[64 << 10];
   uint64_t at = log_offset (&o->log, run.first);
   const uint64_t end = at + ((uint64_t) run.count << o->block_shift);
 
-  while (at < end) {
-    struct iovec iov = { .iov_base = (char *) zeroes,
-                         .iov_len = MIN (end - at, sizeof zeroes) };
-    const uint64_t n = iov.iov_len;
-
+  for (uint64_t next; at < end; at = next) {
     if (atomic_load (&o->life) != OVERLAY_OPEN)
       return ESHUTDOWN; /* the one who saves does not wait for all of it */
-    if (store_writev (&o->store, &iov, 1, at) == -1)
+    next = MIN (at + ZEROES_AT_ONCE, end);
+    if (store_write_zeroes (&o->store, at, next - at) == -1)
       return errno;
-    at += n;
   }
   return 0;
 }
@@ -383,14 +381,14 @@ reserve_tables (struct change *c, uint64_t nr_fresh)
     return 0;
   for (size_t i = 0; i < c->count; ++i) {
     struct slot_change *s = &c->slots[i];
+    const uint64_t l2 = s->nr / per_l2;
     int r = 0;
 
-    if (!s->slot)
-      r = tables_reserve_zero_l2 (&o->tables, s->nr / per_l2,
-                                  (s->nr + LEAF_SLOTS - 1) / per_l2);
-    else if (s->step.state != s->step.found.state && s->nr / per_l2 != last) {
-      last = s->nr / per_l2; /* not asked for twice, as by two requests */
-      r = tables_reserve_l2 (&o->tables, last);
+    if (!s->slot && per_l2 <= LEAF_SLOTS)
+      r = tables_reserve_zero_l2 (&o->tables, l2, LEAF_SLOTS / per_l2);
+    else if (l2 != last && s->step.state != s->step.found.state) {
+      last = l2; /* not asked for twice, as by two requests */
+      r = tables_reserve_l2 (&o->tables, l2);
     }
     if (r == -1)
       return errno;

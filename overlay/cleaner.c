@@ -17,10 +17,10 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "common/cleanup.h"
+#include "common/clock.h"
 #include "common/debug.h"
 #include "common/lock.h"
 #include "overlay/cleaner.h"
@@ -104,19 +104,10 @@ has_left (const struct cleaning *g)
   return atomic_load (&g->left);
 }
 
-static int64_t
-now (void)
-{
-  struct timespec t;
-
-  clock_gettime (CLOCK_MONOTONIC, &t);
-  return (int64_t) t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
 /* Nothing of this needs another lock of the overlay: what is taken, nobody else uses.
  *
- * Rule 6: what waits was let go of by maps before it was taken; a request that may have found it
- * was counted in before that, and grace waits for it.
+ * Rule 6: what waits was let go of by maps before it was taken.  A request that may have
+ * found it was counted in before that, and grace waits for it.
  */
 void
 cleaning_round (struct cleaning *g)
@@ -131,7 +122,7 @@ cleaning_round (struct cleaning *g)
     return;
   grace_wait (g->grace);
 
-  int64_t since = now ();
+  int64_t since = clock_now ();
 
   while (!has_left (g) && log_next_taken (g->log, PIECE_BYTES, &run, &punch)) {
     if (punch) {
@@ -144,9 +135,9 @@ cleaning_round (struct cleaning *g)
     /* Whoever waits for the file's lock in the kernel gets it now; without a pause, only
      * after some milliseconds.
      */
-    if (punch && now () - since >= PIECES_NS) {
+    if (punch && clock_now () - since >= PIECES_NS) {
       usleep (1);
-      since = now ();
+      since = clock_now ();
     }
   }
 
@@ -214,14 +205,8 @@ do_round (struct cleaner *c)
 static void
 pause_for_more (struct cleaner *c)
 {
-  struct timespec until;
+  const struct timespec until = clock_after (PAUSE_NS);
 
-  clock_gettime (CLOCK_MONOTONIC, &until);
-  until.tv_nsec += PAUSE_NS;
-  if (until.tv_nsec >= 1000000000) {
-    until.tv_nsec -= 1000000000;
-    until.tv_sec++;
-  }
   while (!c->end && c->urgent == 0
          && pthread_cond_timedwait (&c->work, &c->lock.pthread, &until)
               != ETIMEDOUT)

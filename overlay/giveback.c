@@ -11,9 +11,9 @@
 #include <config.h>
 
 #include <stdbool.h>
-#include <time.h>
 
 #include "common/cleanup.h"
+#include "common/clock.h"
 #include "overlay/giveback.h"
 
 /* So many bytes are given back at a time; at the end of the file fewer, but not fewer than
@@ -30,15 +30,6 @@ struct giveback {
   struct giveback_budget *budget;
   int64_t deadline;
 };
-
-static int64_t
-now (void)
-{
-  struct timespec t;
-
-  clock_gettime (CLOCK_MONOTONIC, &t);
-  return (int64_t) t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 /* How many extents a range has on the disk, or more than MOST. */
 static uint64_t
@@ -70,7 +61,7 @@ cut_off (const struct giveback *g, uint64_t end)
 
   if (store_size (g->store, &size) == -1)
     return;
-  for (bool first = true; size > end && (first || now () < g->deadline);
+  for (bool first = true; size > end && (first || clock_now () < g->deadline);
        first = false) {
     const uint64_t left = g->budget->extents;
     const uint64_t count = MIN (step, size - end);
@@ -124,7 +115,7 @@ punch_unused (const struct giveback *g, uint64_t cluster_size,
     if (length < shortest || length > longest)
       continue;
     for (uint64_t at = 0; at < length; at += MOST_AT_ONCE) {
-      if (now () >= g->deadline)
+      if (clock_now () >= g->deadline)
         return;
       punch (g, offset + at, MIN (length - at, MOST_AT_ONCE));
     }
@@ -144,12 +135,12 @@ giveback (struct store *store, uint64_t cluster_size,
    */
   (void) store_check_early (store);
 
-  const int64_t start = now ();
+  const int64_t start = clock_now ();
   g.deadline = start + budget->nanoseconds;
   cut_off (&g, used->end);
   for (unsigned i = 0; i < 3; ++i) {
     punch_unused (&g, cluster_size, used, shortest[i], longest);
     longest = shortest[i] - 1;
   }
-  budget->nanoseconds -= now () - start;
+  budget->nanoseconds -= clock_now () - start;
 }

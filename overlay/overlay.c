@@ -24,6 +24,7 @@
 #include <config.h>
 
 #include <errno.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -72,6 +73,10 @@ init_store (struct overlay *o, const struct overlay_options *options)
   return 0;
 }
 
+/* It comes from calloc. */
+_Static_assert(_Alignof(struct overlay) <= _Alignof(max_align_t),
+               "an overlay is aligned as calloc does it");
+
 struct overlay *
 overlay_new (uint64_t size, const struct overlay_options *options)
 {
@@ -113,7 +118,11 @@ overlay_free (struct overlay *o)
 {
   if (!o)
     return;
-  cleaner_leave (&o->cleaning);
+  /* Without a file nothing was ever cleaned.  (The set of overlays frees such a one while
+   * it holds its lock.)
+   */
+  if (store_has_file (&o->store))
+    cleaner_leave (&o->cleaning);
   o->map.guard = NULL; /* nobody else has it any more */
   if (atomic_load (&o->life) != OVERLAY_OPEN) {
     map_unlink (&o->map, &o->last);

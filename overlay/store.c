@@ -60,7 +60,7 @@ store_check_written (struct store *store)
 int
 store_sync (struct store *store)
 {
-  if (store->file.fd == -1)
+  if (!store_has_file (store))
     return 0;
   return store_check_early (store) == -1 ? -1 : fsync (store->file.fd);
 }
@@ -195,6 +195,23 @@ int
 store_zero_range (const struct store *store, uint64_t offset, uint64_t count)
 {
   return allocate (store, FALLOC_FL_ZERO_RANGE, offset, count);
+}
+
+int
+store_write_zeroes (const struct store *store, uint64_t offset, uint64_t count)
+{
+  static const char zeroes[64 << 10];
+
+  while (count > 0) {
+    const uint64_t n = MIN (count, sizeof zeroes);
+    struct iovec iov = { .iov_base = (char *) zeroes, .iov_len = n };
+
+    if (store_writev (store, &iov, 1, offset) == -1)
+      return -1;
+    offset += n;
+    count -= n;
+  }
+  return 0;
 }
 
 int

@@ -10,6 +10,7 @@
 #define COW_STORE_H
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -59,6 +60,13 @@ extern int store_sync (struct store *store);
 /* Close the file, which is gone unless it was published. */
 extern void store_destroy (struct store *store);
 
+/* Is there a file?  Nobody else uses the store. */
+static inline bool
+store_has_file (const struct store *store)
+{
+  return store->file.fd != -1;
+}
+
 /* Make the file if it is not there yet.  -1 and errno. */
 extern int store_make_file (struct store *store);
 
@@ -92,6 +100,10 @@ extern int store_set_aside (const struct store *store, uint64_t offset,
 /* The same, and it reads as zeroes then. */
 extern int store_zero_range (const struct store *store, uint64_t offset,
                              uint64_t count);
+
+/* Write COUNT zeroes.  -1 and errno. */
+extern int store_write_zeroes (const struct store *store, uint64_t offset,
+                               uint64_t count);
 
 /* How long the file is, in *SIZE.  -1 and errno. */
 extern int store_size (const struct store *store, uint64_t *size);

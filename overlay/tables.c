@@ -21,7 +21,7 @@
  * much is given back by the save; too little cannot be, as change.c asks before it
  * changes a slot.
  *
- * Knows the format and the file, and of the map the size of a leaf.
+ * Knows the format and the file, but not the map.
  */
 
 #include <config.h>
@@ -31,7 +31,6 @@
 #include <sys/uio.h>
 
 #include "common/cleanup.h"
-#include "overlay/map.h"
 #include "overlay/tables.h"
 
 /* What file systems allocate in. */
@@ -124,27 +123,11 @@ tables_destroy (struct tables *t)
   free (t->l1_pages);
 }
 
-/* Write zeroes, for file systems that set no space aside otherwise. */
-static int
-write_zeroes (struct tables *t, uint64_t offset, uint64_t count)
-{
-  static const char zeroes[PAGE];
-
-  while (count > 0) {
-    const uint64_t n = MIN (count, sizeof zeroes);
-    struct iovec iov = { .iov_base = (char *) zeroes, .iov_len = n };
-
-    if (store_writev (t->log->store, &iov, 1, offset) == -1)
-      return -1;
-    offset += n;
-    count -= n;
-  }
-  return 0;
-}
-
 /* Nothing was written there since it was taken; but what the log gives out may hold older
  * bytes.  They are punched first: a file system that copies on write (btrfs) takes what is
- * allocated for set aside, and then wants new space for each write to it.
+ * allocated for set aside, and then wants new space for each write to it.  (This is done
+ * while a request holds its locks.  It is MAX_ADVANCE at the most, most often a hole, and
+ * needed once for many requests.)  Where no space can be set aside, zeroes are written.
  */
 static int
 set_aside (struct tables *t, uint64_t offset, uint64_t count)
@@ -154,7 +137,7 @@ set_aside (struct tables *t, uint64_t offset, uint64_t count)
     return 0;
   if (errno != EOPNOTSUPP && errno != ENOSYS)
     return -1;
-  return write_zeroes (t, offset, count);
+  return store_write_zeroes (t->log->store, offset, count);
 }
 
 /* Remember clusters that were taken.  Caller holds the lock. */
@@ -509,19 +492,16 @@ tables_cancel_l2 (struct tables *t, uint64_t nr)
 }
 
 int
-tables_reserve_zero_l2 (struct tables *t, uint64_t first, uint64_t last)
+tables_reserve_zero_l2 (struct tables *t, uint64_t first, uint64_t count)
 {
   if (t->space == TABLES_UNPLANNED)
     return 0;
-  /* A leaf is then a part of one table only. */
-  if (t->geometry.slots_per_l2 > LEAF_SLOTS)
-    return tables_reserve_l2 (t, first);
 
   HOLD (&t->lock);
 
   if (have_header (t) == -1)
     return -1;
-  for (uint64_t nr = first; nr <= last; ++nr)
+  for (uint64_t nr = first; nr < first + count; ++nr)
     if (have_l1_page (t, nr) == -1)
       return -1;
   t->some_zero = true;

@@ -80,11 +80,11 @@ extern int tables_reserve_l2 (struct tables *tables, uint64_t nr);
  */
 extern void tables_cancel_l2 (struct tables *tables, uint64_t nr);
 
-/* The same for the L2 tables FIRST .. LAST, as map_zero_leaf is going to be called: where
- * all of a table is zero by that, it has no cluster of its own.
+/* The same for COUNT L2 tables from FIRST on, all entries of which are going to be "zero",
+ * so that they can be one and the same cluster.  0; -1 and errno.
  */
 extern int tables_reserve_zero_l2 (struct tables *tables, uint64_t first,
-                                   uint64_t last);
+                                   uint64_t count);
 
 /* Set space aside for the refcounts of the file, of which addresses have been taken.
  * To be called before they are used.  -1 and errno.

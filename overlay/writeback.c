@@ -11,9 +11,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "common/clock.h"
 #include "common/lock.h"
 #include "overlay/writeback.h"
 
@@ -44,11 +44,9 @@ is_loss (int err)
 static void
 sleep_a_second (struct writeback *w)
 {
-  struct timespec until;
+  const struct timespec until = clock_after (1000000000);
 
   assert_held (&w->lock);
-  clock_gettime (CLOCK_MONOTONIC, &until);
-  until.tv_sec++;
   while (!w->stop
          && pthread_cond_timedwait (&w->stopped, &w->lock.pthread, &until)
               == 0)

@@ -15,7 +15,6 @@
 #include <config.h>
 
 #include <errno.h>
-#include <poll.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -25,6 +24,7 @@
 
 #include <nbdkit-filter.h>
 
+#include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/debug.h"
 #include "images/finish.h"
@@ -88,36 +88,7 @@ read_file (void *store, void *buf, uint64_t count, uint64_t offset)
   return store_read (store, buf, count, offset);
 }
 
-/* Write all of BUF to a descriptor that may be a pipe, and may not block. */
-static int
-write_all (int fd, const char *buf, size_t count)
-{
-  while (count > 0) {
-    const ssize_t r = write (fd, buf, count);
-
-    if (r == -1 && errno == EAGAIN) {
-      struct pollfd p = { .fd = fd, .events = POLLOUT };
-
-      poll (&p, 1, -1);
-      continue;
-    }
-    if (r == -1 && errno == EINTR)
-      continue;
-    if (r == -1)
-      return -1;
-    buf += r;
-    count -= (size_t) r;
-  }
-  return 0;
-}
-
 #define PAGE_BYTES 4096
-
-static bool
-is_zero (const char *buf, size_t count)
-{
-  return buf[0] == 0 && memcmp (buf, buf + 1, count - 1) == 0;
-}
 
 /* Write COUNT bytes of BUF at OFFSET of a new file, but leave out pages of zeroes. */
 static int
@@ -127,12 +98,13 @@ write_sparse (int fd, const char *buf, size_t count, uint64_t offset)
     const size_t page = MIN (PAGE_BYTES, count - at);
 
     end = at + page;
-    if (is_zero (buf + at, page))
+    if (bytes_are_zero (buf + at, page))
       continue;
-    while (end < count && !is_zero (buf + end, MIN (PAGE_BYTES, count - end)))
+    while (end < count
+           && !bytes_are_zero (buf + end, MIN (PAGE_BYTES, count - end)))
       end = MIN (end + PAGE_BYTES, count);
     if (lseek (fd, (off_t) (offset + at), SEEK_SET) == -1
-        || write_all (fd, buf + at, end - at) == -1)
+        || bytes_write (fd, buf + at, end - at) == -1)
       return -1;
   }
   return 0;
@@ -171,7 +143,7 @@ copy_out (struct job *j, int fd, enum copying how, const char *where)
 
     if (image_read (image, &reader, buf, n, at) == -1)
       r = job_failed (j, "cannot read the overlay");
-    else if ((how == COPY_ALL ? write_all (fd, buf, n)
+    else if ((how == COPY_ALL ? bytes_write (fd, buf, n)
                               : write_sparse (fd, buf, n, at))
              == -1)
       r = job_failed (j, "cannot write to %s", where);

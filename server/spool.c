@@ -17,6 +17,7 @@
 
 #include <nbdkit-filter.h>
 
+#include "common/bytes.h"
 #include "common/cleanup.h"
 #include "overlay/newfile.h"
 #include "server/tmpdir.h"
@@ -39,22 +40,6 @@ read_some (int fd, void *buf)
   return r;
 }
 
-static int
-write_all (int fd, const char *buf, size_t count)
-{
-  while (count > 0) {
-    const ssize_t r = write (fd, buf, count);
-
-    if (r == -1 && errno == EINTR)
-      continue;
-    if (r == -1)
-      return -1;
-    buf += r;
-    count -= (size_t) r;
-  }
-  return 0;
-}
-
 /* Copy all of FD to a file in DIR. */
 static int
 copy (const char *name, int fd, int to, const char *dir)
@@ -68,7 +53,7 @@ copy (const char *name, int fd, int to, const char *dir)
     return -1;
   }
   while ((n = read_some (fd, buf)) > 0) {
-    if (write_all (to, buf, (size_t) n) == -1) {
+    if (bytes_write (to, buf, (size_t) n) == -1) {
       nbdkit_error (
         "cow-load=%s: what comes from a pipe is first copied to %s, "
         "which took %" PRIu64 " bytes of it: %m; make room there, "

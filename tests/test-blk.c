@@ -1894,6 +1894,44 @@ cut_before_space_is_taken (void **state)
   assert_int_equal (size_after, size);
 }
 
+static void *
+close_overlay (void *arg)
+{
+  (void) arg;
+  overlay_close (overlay);
+  return NULL;
+}
+
+static void
+close_and_let_calls_fail (void *arg)
+{
+  (void) arg;
+  if (pthread_create (&inner_thread, NULL, close_overlay, NULL) != 0)
+    abort ();
+  pthread_join (inner_thread, NULL);
+  fail_calls_from (
+    3, EIO); /* the one in front of which this is, another, and no more */
+}
+
+/* It stops taking space when the overlay is closed: who saves is not to wait for all. */
+static void
+closed_while_space_is_taken (void **state)
+{
+  const struct op op = { ZERO_WITH_SPACE, 4 * SLOT, 0, 0 };
+
+  for (int n = 1; n <= 4; ++n) {
+    tear_down (state);
+    set_up (state);
+    fail_punches = true;
+    interrupt_call (n, close_and_let_calls_fail, NULL);
+    assert_int_equal (run_op (&op, &err), -1);
+    assert_true (call_was_interrupted ());
+    assert_int_equal (call_has_failed (), 0);
+    assert_int_equal (err, ESHUTDOWN);
+    assert_int_equal (nr_errors, 0);
+  }
+}
+
 /*----------------------------------------------------------------------
  * Leaves that become zero as a whole: of this disk the first two
  */
@@ -2371,6 +2409,7 @@ main (void)
     WITH_OVERLAY (full_disk_that_gets_room),
     WITH_OVERLAY (cut_while_addresses_are_given_back),
     WITH_OVERLAY (cut_before_space_is_taken),
+    WITH_OVERLAY (closed_while_space_is_taken),
     WITH_LARGE_OVERLAY (leaves_that_become_zero),
     WITH_LARGE_OVERLAY (no_leaf_becomes_zero_where_a_call_fails),
     WITH_LARGE_OVERLAY (interrupted_while_a_leaf_becomes_zero),
