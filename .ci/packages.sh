@@ -17,7 +17,8 @@ packages_to_test="$packages_to_demonstrate
     jq procps libvirt-clients qemu-system-x86 restic strace systemd util-linux
     xz-utils"
 
-packages_to_measure="fio gnuplot-nox nbd-server python3-libnbd qemu-utils xz-utils"
+packages_to_measure="fio gnuplot-nox nbd-server python3-libnbd qemu-system-common
+    qemu-utils xfsprogs xz-utils"
 
 # What is only asked of each change, in .ci/run: other programs that read images
 # or take streams, what a guest needs besides its kernel, and roots of bare machines.

@@ -1,38 +1,28 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Snapshots: how long a writer waits when the disk is frozen and released, and what
+"""Snapshots: how long others wait when the disk is frozen and released, and what
 overwrites cost while a snapshot is held.
 
 A snapshot is held by a connection to the export @snapshot, and given back with it.
 """
 
 import os
-import random
-import socket
 import statistics
-import struct
-import sys
 import time
 
+import servers
 from load import Fio, connect, fio
-from servers import G, K, M, Base, Server, warm
+from servers import G, M, Base, Server, warm
 
-BLOCK, SLOT = 4 * K, 128 * K  # of the filter
 DEPTHS = 1, 16
 
 # ----------------------------------------------------------------------
-# The jobs: those of a large disk, and those of overwrites
+# Freezing a large disk
 
 CONNECTS = {  # after so much was written, all and if quick
     "connect-64m": (64 * M, 16 * M),
     "connect-1g": (G, 64 * M),
     "connect-4g": (4 * G, 128 * M),
 }
-
-# Slots that hold one block or all of theirs: how many, all and if quick, and how often
-# each is written where all have a place of their own.
-SLOTS = {"one": (262144, 16384), "full": (32768, 2048)}
-BLOCKS = {"one": 1, "full": SLOT // BLOCK}
-PASSES = {"one": 2, "full": 16}
 
 
 def job(name, title, unit, better, digits):
@@ -51,25 +41,6 @@ JOBS = [
     job(name, "connect to @snapshot after %d MiB were written" % (amount // M), "ms",
         "less", 2)
     for name, (amount, _) in CONNECTS.items()
-] + [
-    job("overwrite-%s%s" % (slots, when), "random overwrites of 4 KiB, depth 16, %s%s"
-        % (words, more), unit, "more", digits)
-    for slots, words in (("one", "slots of one block"), ("full", "full slots"))
-    for when, more, unit, digits in (
-        ("", "", "1/s", 0),
-        ("-first", ": each slot's first after a snapshot, to that rate", "ratio", 2),
-        ("-moved", ": once all have moved, to that rate", "ratio", 2))
-] + [
-    job("overwrite-full-random", "eight for each full slot with a snapshot held, "
-        "to those without", "ratio", "more", 2),
-] + [
-    job("space-%s-%s" % (slots, when), "file space, %s, %s" % (words, more), "MiB",
-        "less", 0)
-    for slots, words in (("one", "1 GiB in slots of one block"),
-                         ("full", "4 GiB in full slots"))
-    for when, more in (("before", "before the snapshot"),
-                       ("held", "with one since which each slot was written to"),
-                       ("after", "once it is given back"))
 ]
 
 
@@ -159,71 +130,193 @@ def large_disk(quick):
 # ----------------------------------------------------------------------
 # Overwrites
 
-def overwrite(server, offsets):
-    """Writes a block at each of these offsets, in this order, at depth 16; returns how
-    many a second.  (None of fio's patterns goes to each slot at random and just once,
-    and libnbd's Python is slower than the server.)
+FULL = G  # of a disk, all of it written
+GIVEN_BACK = 10  # seconds after the release
+
+OVERWRITES = [
+    dict(name="overwrite", title="random overwrites of 4 KiB, depth 16, of 1 GiB that "
+         "is full", unit="1/s", better="more", digits=0),
+    dict(name="overwrite-held", title="the same with a snapshot held, each block once",
+         unit="1/s", better="more", digits=0),
+    dict(name="overwrite-growth", title="bytes by which files grew then, for each one "
+         "written", unit="", better="less", digits=2),
+    dict(name="overwrite-kept", title="of these, still taken %d s after the release"
+         % GIVEN_BACK, unit="", better="less", digits=2),
+]
+
+
+class CopyBeforeWrite(Server):
+    """qemu's way to a snapshot of a running disk: what is there is copied to a file
+    before it is overwritten.  If not HELD, there is no snapshot.
     """
-    # Magic numbers and layout are the NBD protocol's.
-    requests = [struct.pack(">IHHQQI", 0x25609513, 0, 1, 0, offset, BLOCK)
-                for offset in offsets]
-    reply = struct.pack(">IIQ", 0x67446698, 0, 0)
-    data = os.urandom(BLOCK)
-    made, answers = 0, bytearray()
-    h = connect(server.uri())
-    with socket.socket(fileno=os.dup(h.aio_get_fd())) as s:
-        s.setblocking(True)
-        start = time.monotonic()
-        while len(answers) < len(requests) * len(reply):
-            end = len(answers) // len(reply) + 16
-            s.sendall(b"".join(r + data for r in requests[made:end]))
-            made = end
-            answers += s.recv(16 * len(reply)) or sys.exit("bench: no answer")
-        took = time.monotonic() - start
-    h.shutdown()
-    if answers != reply * len(requests):
-        sys.exit("bench: a write failed")
-    return len(requests) / took
+
+    def __init__(self, disk, held):
+        self.held = held
+        super().__init__("qemu-cbw", Base(disk))
+
+    def target(self):
+        return self.sock + ".target"
+
+    def command(self, options):
+        command = ["qemu-storage-daemon", "--blockdev",
+                   "driver=file,node-name=disk,filename=" + self.base.file]
+        if self.held:
+            with open(self.target(), "wb") as f:
+                f.truncate(os.path.getsize(self.base.file))
+            command += ["--blockdev", "driver=file,node-name=target,filename="
+                        + self.target(),
+                        "--blockdev", "driver=copy-before-write,node-name=written,"
+                        "file=disk,target=target",
+                        "--blockdev", "driver=snapshot-access,node-name=snapshot,"
+                        "file=written"]
+        command += ["--nbd-server", "addr.type=unix,addr.path=" + self.sock,
+                    "--export", "type=nbd,id=disk,writable=on,name=,node-name="
+                    + ("written" if self.held else "disk")]
+        if self.held:
+            command += ["--export",
+                        "type=nbd,id=snapshot,node-name=snapshot,name=snapshot"]
+        return command
+
+    def space(self):
+        return os.stat(self.target()).st_blocks * 512 if self.held else 0
 
 
-def passes(slots, count, blocks):
-    """So many writes to each slot, in random order: to any of its first BLOCKS."""
-    return [slot * SLOT + random.randrange(blocks) * BLOCK
-            for _ in range(count) for slot in random.sample(range(slots), slots)]
+def fill(server, size):
+    fio(server.uri(), "--rw=write", "--bs=1m", "--size=%d" % size)
 
 
-def overwrites(kind, quick):
-    slots, blocks, count = SLOTS[kind][quick], BLOCKS[kind], PASSES[kind]
-    rates, spaces = "overwrite-" + kind, "space-" + kind
+def overwrite(server, size, seed):
+    """Each block of the first half of SIZE bytes, once; returns how many a second."""
+    result = fio(server.uri(), "--rw=randwrite", "--bs=4k", "--iodepth=16",
+                 "--size=%d" % (size // 2), "--randseed=%d" % seed)
+    return result["write"]["iops"]
 
-    def rate(count):
-        return overwrite(server, passes(slots, count, blocks))
 
-    with start(slots * SLOT, 2 * slots * blocks * BLOCK) as server:
-        if kind == "full":
-            fio(server.uri(), "--rw=write", "--bs=1m", "--size=%d" % (slots * SLOT))
-        else:
-            rate(1)
-        yield spaces + "-before", server.space() / M
-        usual = rate(count)
-        yield rates, usual
+def copied_before(size):
+    disk = os.path.join(servers.work, "overwritten")
+    with open(disk, "wb") as f:
+        f.truncate(size)
+    with CopyBeforeWrite(disk, held=False) as server:
+        fill(server, size)
+        yield "overwrite", overwrite(server, size, 1)
+    with CopyBeforeWrite(disk, held=True) as server:
+        before = server.space()
+        warm(size)  # once more: the host takes back what is not used
+        yield "overwrite-held", overwrite(server, size, 2)
+        yield "overwrite-growth", (server.space() - before) / (size // 2)
+    # The target is a file, which goes whole with the snapshot.
+    yield "overwrite-kept", 0.0
+    os.unlink(disk)
+
+
+def frozen(size):
+    with start(size, 2 * size) as server:
+        fill(server, size)
+        yield "overwrite", overwrite(server, size, 1)
+        before = server.space()
         held = snapshot(server)
-        yield rates + "-first", rate(1) / usual
-        yield spaces + "-held", server.space() / M
-        yield rates + "-moved", rate(count) / usual
+        warm(size)
+        yield "overwrite-held", overwrite(server, size, 2)
+        yield "overwrite-growth", (server.space() - before) / (size // 2)
         held.shutdown()
-        server.settle()
-        yield spaces + "-after", server.space() / M
-        if kind == "full":
-            offsets = [random.randrange(slots * blocks) * BLOCK
-                       for _ in range(8 * slots)]
-            usual = overwrite(server, offsets)
-            held = snapshot(server)
-            yield rates + "-random", overwrite(server, offsets) / usual
-            held.shutdown()
+        time.sleep(GIVEN_BACK)
+        yield "overwrite-kept", (server.space() - before) / (size // 2)
+
+
+def overwrites(kind, _bases, scale):
+    size = FULL // scale
+    if kind == "cow":
+        yield from frozen(size)
+    else:
+        warm(2 * size)
+        yield from copied_before(size)
+
+
+# ----------------------------------------------------------------------
+# The longest wait
+
+WAITS = {
+    "trim": "while 1 GiB of scattered blocks is trimmed",
+    "release": "while a snapshot with 1 GiB of scattered changes is released",
+    "views": "while views are opened 100 times a second",
+}
+WAIT_JOBS = [
+    dict(name="wait-%s%s" % (event, what), title="random 4 KiB, depth 1: the longest "
+         "%s" % (WAITS[event] + words), unit="ms", better="less", digits=2)
+    for event in WAITS
+    for what, words in (("", ""),
+                        ("-usual", ": 99.9% of them in as long a time before"),
+                        ("-before", ": the longest in as long a time before"))
+]
+
+WAIT_DISK = 64 * G
+WATCHED = G  # behind it, where the writer is
+
+
+def scatter(server, count):
+    """So many bytes, at the same places each time."""
+    fio(server.uri(), "--rw=randwrite", "--bs=4k", "--iodepth=16",
+        "--size=%d" % WAIT_DISK, "--io_size=%d" % count, "--randseed=4")
+
+
+def trim_all(server):
+    h = connect(server.uri())
+    for offset in range(0, WAIT_DISK, G):
+        h.trim(G, offset)
+    h.shutdown()
+
+
+def open_views(server, seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        begin = time.monotonic()
+        snapshot(server).shutdown()
+        time.sleep(max(0, begin + 0.01 - time.monotonic()))
+
+
+def waits(server, seconds, event):
+    """Yields what somebody waits who reads and writes 4 KiB at a time for so many
+    seconds: without the EVENT, then with it.
+    """
+    def client():
+        return Fio(server.uri(), "--rw=randrw", "--bs=4k", "--iodepth=1",
+                   "--offset=%d" % WAIT_DISK, "--size=%d" % WATCHED,
+                   "--norandommap", "--time_based", "--runtime=%d" % seconds)
+
+    def of(result, what):
+        return max(what(result[d]["clat_ns"]) for d in ("read", "write")) / 1e6
+
+    before = client().end()
+    warm(WATCHED)
+    running = client()
+    time.sleep(0.5)  # it has connected
+    event()
+    during = running.end()
+    yield "", of(during, lambda c: c["max"])
+    yield "-usual", of(before, lambda c: c["percentile"]["99.900000"])
+    yield "-before", of(before, lambda c: c["max"])
+
+
+def longest_waits(quick):
+    count, seconds = (32 * M, 2) if quick else (G, 10)
+    with start(WAIT_DISK + WATCHED, 2 * count) as server:
+        fio(server.uri(), "--rw=write", "--bs=1m", "--offset=%d" % WAIT_DISK,
+            "--size=%d" % WATCHED)
+        for event in WAITS:
+            if event == "trim":
+                scatter(server, count)
+                happen = lambda: trim_all(server)
+            elif event == "release":
+                scatter(server, count)
+                held = snapshot(server)
+                scatter(server, count)
+                happen = held.shutdown
+            else:
+                happen = lambda: open_views(server, seconds - 1)
+            for what, figure in waits(server, seconds, happen):
+                yield "wait-" + event + what, figure
+            server.settle()
 
 
 def measure(quick):
     yield from large_disk(quick)
-    for kind in SLOTS:
-        yield from overwrites(kind, quick)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 
 import servers
 from load import connect, fio, ms
@@ -131,7 +132,11 @@ def timed_end(server):
     return time.monotonic() - start
 
 
+@contextmanager
 def plain_file(amount):
+    """The same blocks in a sparse file: its path, how long all took, and how long
+    fdatasync did.
+    """
     path = os.path.join(servers.disk_work, "plain")
     with open(path, "wb") as f:
         f.truncate(SAVED_DISK)
@@ -141,10 +146,16 @@ def plain_file(amount):
             "--invalidate=0")
     with open(path, "rb+") as f:
         took = ms(os.fdatasync, f.fileno()) / 1000
-    yield "save", took
-    yield "save-total", time.monotonic() - start
-    yield "save-size", space(path)
-    os.unlink(path)
+    yield path, time.monotonic() - start, took
+    if os.path.exists(path):
+        os.unlink(path)
+
+
+def synced(amount):
+    with plain_file(amount) as (path, total, took):
+        yield "save", took
+        yield "save-total", total
+        yield "save-size", space(path)
 
 
 def saved(base, amount):
@@ -201,9 +212,46 @@ def saving(kind, bases, scale):
         f.truncate(SAVED_DISK)
     base = Base(path)
     if kind == "limit":
-        yield from plain_file(amount)
+        yield from synced(amount)
     elif kind == "cow":
         yield from saved(base, amount)
     else:
         yield from rebased(base, amount)
     os.unlink(path)
+
+
+# ----------------------------------------------------------------------
+# Saving while snapshots are held
+
+VIEWS = 3
+ENDS = [
+    dict(name="end" + name, title="256 MiB of random blocks in memory: to a diff, in place"
+         + words, unit="s", better="less", digits=2)
+    for name, words in (("", ""), ("-views", ", with %d snapshots held and all "
+                                   "overwritten since each" % VIEWS))
+]
+
+
+def ends(_kind, _bases, scale):
+    amount = 256 * M // scale
+    diff = os.path.join(servers.work, "end.image")
+    for name, views in ("end", 0), ("end-views", VIEWS):
+        warm((1 + views) * amount)
+        with Server("cow", Base(None, "memory 1G"), "cow-views=true",
+                    "cow-save=" + diff) as server:
+            def write():
+                fio(server.uri(), "--rw=randwrite", "--bs=4k", "--iodepth=16",
+                    "--size=%d" % amount)
+            write()
+            held = []
+            for _ in range(views):
+                held.append(connect(server.uri("@snapshot")))
+                write()
+            start = time.monotonic()
+            os.kill(server.pid, signal.SIGTERM)
+            while not os.path.exists(diff):  # the server waits for its readers
+                time.sleep(0.001)
+            yield name, time.monotonic() - start
+            for h in held:
+                h.shutdown()
+        os.unlink(diff)

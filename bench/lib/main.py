@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Measures this filter against what people use in its place.
 
-Everything is on tmpfs but the saving of diffs; servers take turns; before each one
+Everything is on tmpfs but the saving of diffs and what says so; servers take turns; before each one
 memory is touched (HACKING, "Measuring").  Figures are medians of the rounds, with the
 smallest and the largest.
 """
@@ -21,10 +21,11 @@ import handover
 import pages
 import report
 import scale
+import scattered
 import servers
 import speed
 import zeroing
-from servers import ALTERNATIVES, G, KINDS
+from servers import ALTERNATIVES, G, KINDS, SNAPSHOTS
 
 MEMORY = "/dev/shm"
 
@@ -71,11 +72,20 @@ PARTS = [
     Part("large ranges", handover.RANGES, list(KINDS), handover.ranges),
     Part("saving", handover.SAVING, ["limit", "cow", "nbdkit"], handover.saving,
          once=["nbdkit"]),
+    Part("scattered blocks on a disk", scattered.JOBS, ["limit", "cow"],
+         scattered.on_disk),
+    Part("scattered blocks on XFS", scattered.XFS_JOBS, ["cow", "nbdkit-4k"],
+         scattered.on_xfs, rounds=3),
+    Part("saving while snapshots are held", handover.ENDS, ["cow"], handover.ends),
     Part("size of an overlay", scale.SIZES, ["cow", *IN_ONE_PROCESS], scale.sizes),
+    Part("memory of a slot", scale.SLOTS, ["cow"], scale.slots),
     Part("number of overlays", scale.NUMBERS, ["cow", *IN_ONE_PROCESS], scale.numbers,
          once=IN_ONE_PROCESS),
     Part("zeroing much", zeroing.JOBS, ["cow"], only_cow(zeroing.measure), rounds=3),
     Part("freezing", freezing.JOBS, ["cow"], only_cow(freezing.measure), rounds=3),
+    Part("longest waits", freezing.WAIT_JOBS, ["cow"], only_cow(freezing.longest_waits)),
+    Part("overwrites with a snapshot", freezing.OVERWRITES, ["cow", *SNAPSHOTS],
+         freezing.overwrites),
 ]
 
 # What quick runs divide amounts by.
@@ -89,6 +99,8 @@ def measure(parts, rounds, quick, found):
     """Fill in FOUND, {name of a job: {kind: [figure of each round]}}; figures are None
     where a kind cannot do it.
     """
+    if not quick:
+        servers.warm(NEEDED[0] - 2 * G)
     made = bases.prepare()
     for i in range(rounds):
         for part in parts:

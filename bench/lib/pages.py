@@ -2,7 +2,7 @@
 """What was measured, as Markdown: bench/RESULTS.md, and the figures of README.md."""
 
 from report import NAMES, jobs_of
-from servers import KINDS
+from servers import KINDS, SNAPSHOTS
 
 RESULTS = """\
 # Results
@@ -68,7 +68,7 @@ def results(result):
     jobs = jobs_of(result)
     for part in result["parts"]:
         mine = [jobs[job["name"]] for job in part["jobs"]]
-        kinds = [k for k in KINDS if any(job.job["figures"].get(k) for job in mine)]
+        kinds = [k for k in (*KINDS, *SNAPSHOTS) if any(job.job["figures"].get(k) for job in mine)]
         print("\n## %s\n" % part["name"].capitalize())
         table(["job"] + [NAMES[k] for k in kinds],
               [[title(job)] + [figure(job, k) for k in kinds] for job in mine])

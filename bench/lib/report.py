@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from servers import ALTERNATIVES, KINDS, QEMU
+from servers import ALTERNATIVES, KINDS, QEMU, SNAPSHOTS
 
 WIDTH = 9  # of a column
 
@@ -150,7 +150,7 @@ def show_job(job, kinds):
     print(job.job["title"] + (", %s" % unit if unit else ""))
     print("  median " + columns(*(job.text(k) for k in kinds),
                                 ratio(job.times_better("limit")),
-                                ratio(job.than_best_of(ALTERNATIVES))))
+                                ratio(job.than_best_of([*ALTERNATIVES, *SNAPSHOTS]))))
     if max(map(len, map(job.values, kinds))) < 2:
         return
     spread = [(min(v), max(v)) if (v := job.values(k)) else (None, None)
@@ -166,16 +166,19 @@ def show(result):
         result["date"], result["rounds"],
         ", QUICK: of much less than the titles say, and not to be relied on"
         if result["quick"] else ""))
-    for kind, words in KINDS.items():
+    for kind, words in {**KINDS, **SNAPSHOTS}.items():
         print("%-14s %s" % (kind, words))
     print("/limit, /best   how many times better than the limit, than the best of the "
           "others\n-               not measured")
     for part in result["parts"]:
+        kinds = list(KINDS)
+        if any(k in job["figures"] for job in part["jobs"] for k in SNAPSHOTS):
+            kinds = ["cow", *SNAPSHOTS]
         print("\n" + part["name"].upper())
-        print("         " + columns(*(k.replace("snapshot", "snap") for k in KINDS),
+        print("         " + columns(*(k.replace("snapshot", "snap") for k in kinds),
                                     "/limit", "/best"))
         for job in part["jobs"]:
-            show_job(Job(job), list(KINDS))
+            show_job(Job(job), kinds)
     show_bars(result)
 
 
@@ -219,6 +222,11 @@ def bars(result):
         yield ("4 connections against 1, as far as the limit scales: " + name, 1,
                ours / limit if ours and limit else None)
     yield from against("save", "nbdkit's own and qemu-img", ["nbdkit"], 20)
+    yield from against("read-1m-scattered", "the limit", ["limit"], 0.5)
+    yield ("overwrites with a snapshot held against those without", 0.8,
+           of("cow", "overwrite-held", "overwrite"))
+    yield from against("overwrite-held", "qemu's copy-before-write", SNAPSHOTS, 3)
+    yield from against("xfs-full", "nbdkit's own, 4K", ["nbdkit-4k"], 0.9)
 
 
 def most(result):
@@ -240,6 +248,26 @@ def most(result):
         if ours is not None and own is not None:
             yield ("memory above nbdkit's own, MiB, %d%% touched" % percent,
                    4.2 / 1024 * 32768 * percent / 100 + 2, ours - own)
+    for name, wanted in (("overwrite-growth", 1.1), ("overwrite-kept", 0.01),
+                         ("scattered-discard", 2), ("xfs-space", 1.1), ("xfs-saved", 1.1),
+                         ("memory-slot-run", 32), ("memory-slot-spread", 16 + 160)):
+        if name in jobs:
+            yield jobs[name].job["title"], wanted, figure(name)
+    for name, words, share, more in (
+            ("scattered-save", "half of fdatasync + 0.2 s", 0.5, 0.2),
+            ("scattered-delete", "a tenth of the sparse file's", 0.1, 0)):
+        limit = figure(name, "limit")
+        if limit is not None:
+            yield ("%s (%s)" % (jobs[name].job["title"], words), share * limit + more,
+                   figure(name))
+    for name in "wait-trim", "wait-release", "wait-views":
+        usual = figure(name + "-usual")
+        if usual is not None:
+            yield jobs[name].job["title"] + " (usual + 5 ms)", usual + 5, figure(name)
+    without = figure("end")
+    if without is not None:
+        yield ("a save with snapshots held (without + 0.3 s)", without + 0.3,
+               figure("end-views"))
     memory, space = (figure("overlays-1000-" + w) for w in ("memory", "space"))
     if memory is not None:
         yield ("each of 1000 overlays, memory and file, KiB", 64, memory + space)
@@ -269,6 +297,7 @@ NAMES = {
     "qemu-snapshot": "qemu-nbd --snapshot",
     "qemu-qcow2": "qemu-nbd, qcow2",
     "nbd-server": "nbd-server -c",
+    "qemu-cbw": "qemu, copy-before-write",
 }
 
 COLOURS = dict(zip(KINDS, ("#888888", "#1b7837", "#9970ab", "#c2a5cf", "#f4a582",

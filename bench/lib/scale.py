@@ -48,6 +48,32 @@ def sizes(kind, bases, scale):
         yield "amplification", (server.written() - before) / amount
 
 
+# A slot of this filter is 128 KiB.  What it takes depends on whether its blocks lie one
+# behind the other in the overlay's file; each block has some bits of its own besides.
+SLOT = 128 * K
+SLOTS = [
+    dict(name="memory-slot-" + order, unit="bytes", better="less", digits=1,
+         title="memory for each 128 KiB, all written, %s" % words)
+    for order, words in (("run", "one block behind the other"),
+                         ("spread", "block by block, in random order"))
+]
+
+
+def slots(kind, bases, scale):
+    """By what the second half of the same many adds: the rest is the server's own."""
+    for order, size, options in (
+            ("run", 8 * G // scale, ["--rw=write", "--bs=32k"]),
+            ("spread", 2 * G // scale, ["--rw=randwrite", "--bs=4k"])):
+        half = size // 2
+        with Server(kind, bases["empty"]) as server:
+            taken = []
+            for offset in 0, half:
+                fio(server.uri(), *options, "--size=%d" % half, "--offset=%d" % offset)
+                server.settle()
+                taken.append(server.memory())
+        yield "memory-slot-" + order, (taken[1] - taken[0]) * SLOT / half
+
+
 # ----------------------------------------------------------------------
 # Many overlays
 

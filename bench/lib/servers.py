@@ -27,6 +27,9 @@ KINDS = {
 ALTERNATIVES = [k for k in KINDS if k not in ("limit", "cow")]
 QEMU = ["qemu-snapshot", "qemu-qcow2"]
 
+# What takes part only where a snapshot is held.
+SNAPSHOTS = {"qemu-cbw": "qemu-storage-daemon, copy-before-write and snapshot-access"}
+
 # Set by main: where the filter is, a directory for files in memory, and one on a disk.
 filter = None
 work = None
@@ -74,9 +77,10 @@ class Server:
     what it has left.
     """
 
-    def __init__(self, kind, base, *options, stdout=None, name="sock"):
+    def __init__(self, kind, base, *options, stdout=None, name="sock", tmpdir=None):
         self.kind = kind
         self.base = base
+        self.tmpdir = tmpdir or work  # where the overlay is
         self.sock = os.path.join(work, name)
         self.stdout = stdout
         self.base_server = None
@@ -93,7 +97,7 @@ class Server:
     # How each is started
 
     def start(self, options):
-        env = dict(os.environ, TMPDIR=work)
+        env = dict(os.environ, TMPDIR=self.tmpdir)
         self.process = subprocess.Popen(self.command(options), env=env, cwd=work,
                                         stdout=self.stdout, stderr=self.log())
         self.wait_until(lambda: listens(self.sock), self.process)

@@ -123,12 +123,24 @@ def large_requests(tag, words, disk=DISK, limits=USUAL_LIMITS, depth=8, **option
     ]
 
 
+def scattered_reads():
+    """All of the first half, written in random order, then read in order."""
+    where = part_of_disk(0, DISK // 2, 1)
+    return [
+        Job("write-4k-all", "random write 4 KiB, each block of 1 GiB once", "sparse",
+            "--rw=randwrite", "--bs=4k", *where, amount=DISK // 2, smallest=M),
+        Job("read-1m-scattered", "sequential read 1 MiB of that", "sparse", "--rw=read",
+            "--bs=1m", *where, amount=DISK // 2, smallest=M, depth=8, keeps=True),
+    ]
+
+
 D1, C4 = ", depth 1", ", 4 connections"
 SLOW, XZ = ", base with 1 ms per request", ", base of xz"
 
 SESSIONS = [
     Session("small requests", small_requests("", "", 256 * M, 256 * M), quick=True),
     Session("large requests", large_requests("", ""), quick=True),
+    Session("reads of what was written in random order", scattered_reads()),
     Session("small requests" + D1, small_requests("-d1", D1, 64 * M, 64 * M, depth=1)),
     Session("large requests" + D1, large_requests("-d1", D1, depth=1)),
     Session("small requests" + C4,
