@@ -24,6 +24,7 @@
 #include <config.h>
 
 #include <errno.h>
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -73,6 +74,11 @@ blk_error (const struct overlay *o, int err)
   errno = err;
   if (err == ENOMEM)
     nbdkit_error ("cow: out of memory for the map of an overlay");
+  else if (err == EDQUOT && overlay_max_bytes (o) > 0)
+    nbdkit_error ("cow: an overlay has taken all of the %" PRIu64
+                  " bytes that cow-max-bytes allows it; trim some of what was "
+                  "written, or forget moments",
+                  overlay_max_bytes (o));
   else
     nbdkit_error ("cow: overlay file in %s: %m%s", o->store.dir, advice (err));
 

@@ -31,8 +31,10 @@ static const char *const names[NR_RANKS] = {
   [RANK_FILE_LOCKS] = "the lock of the list of locked files",
 };
 
-/* All slot locks, and one of each other kind. */
-#define MAX_HELD (64 + NR_RANKS)
+/* All slot locks and one of each other kind; or those of as many overlays as tests freeze
+ * at one moment.
+ */
+#define MAX_HELD (256 + NR_RANKS)
 
 struct held {
   const void *lock;

@@ -306,7 +306,9 @@ take_addresses (struct change *c, uint64_t wanted)
     }
     struct log_run *run = &c->runs[c->nr_runs];
 
-    if (log_take (&c->o->log, wanted - c->nr_addresses, c->effort, run) == -1)
+    if (log_take (&c->o->log, wanted - c->nr_addresses, c->effort,
+                  c->o->max_blocks, run)
+        == -1)
       return errno;
     c->nr_runs++;
     c->nr_addresses += run->count;
@@ -677,7 +679,10 @@ change_commit (struct change *c)
   bool tell = false;
 
   assert_held (&o->request_lock);
-  atomic_store (&o->changed, true);
+  /* No request that is under way has another generation. */
+  if (atomic_load_explicit (&o->changed_in, memory_order_relaxed)
+      != o->map.generation)
+    atomic_store (&o->changed_in, o->map.generation);
   VERBOSE ("changing %" PRIu64 " slots from offset %" PRIu64,
            c->last - c->first + 1, c->first << o->slot_shift);
 

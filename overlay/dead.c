@@ -235,3 +235,39 @@ dead_filter (struct dead_list *list, dead_keep *keep, void *opaque)
   free_chunks (f.emptied);
   *list = f.kept;
 }
+
+int
+dead_look (const struct dead_list *list, struct dead_look *look)
+{
+  size_t nr_runs = 0;
+
+  for (const struct dead_chunk *c = list->open; c; c = c->next)
+    nr_runs += c->count;
+  *look = (struct dead_look) {
+    .full = list->full,
+    .runs = malloc ((nr_runs + 1) * sizeof *look->runs),
+  };
+  if (!look->runs)
+    return -1;
+  for (const struct dead_chunk *c = list->open; c; c = c->next) {
+    memcpy (look->runs + look->nr_runs, c->runs, c->count * sizeof c->runs[0]);
+    look->nr_runs += c->count;
+  }
+  return 0;
+}
+
+uint64_t
+dead_count (struct dead_look *look,
+            uint32_t (*count) (void *opaque, struct dead_run run),
+            void *opaque)
+{
+  uint64_t sum = 0;
+
+  for (size_t i = 0; i < look->nr_runs; ++i)
+    sum += count (opaque, look->runs[i]);
+  for (const struct dead_chunk *c = look->full; c; c = c->next)
+    for (size_t i = 0; i < c->count; ++i)
+      sum += count (opaque, c->runs[i]);
+  free (look->runs);
+  return sum;
+}

@@ -59,4 +59,22 @@ typedef uint32_t dead_keep (void *opaque, struct dead_run run, bool *stays);
 extern void dead_filter (struct dead_list *list, dead_keep *keep,
                          void *opaque);
 
+/* A list as it was at one moment, of which full chunks are not copied. */
+struct dead_look {
+  const struct dead_chunk *full;
+  struct dead_run *runs; /* the others */
+  size_t nr_runs;
+};
+
+/* Look at a list.  Until dead_count is done, LIST may get runs, and move as a whole; but
+ * it is not filtered, not destroyed, and not joined to another one.  -1 and ENOMEM.
+ */
+extern int dead_look (const struct dead_list *list, struct dead_look *look);
+
+/* The sum of what COUNT says of each run.  Ends the look. */
+extern uint64_t dead_count (struct dead_look *look,
+                            uint32_t (*count) (void *opaque,
+                                               struct dead_run run),
+                            void *opaque);
+
 #endif /* COW_DEAD_H */

@@ -379,12 +379,20 @@ is_too_long (const struct log *log, uint64_t wanted)
 
 int
 log_take (struct log *log, uint64_t wanted, enum log_effort effort,
-          struct log_run *run)
+          uint64_t most, struct log_run *run)
 {
   if (store_make_file (log->store) == -1)
     return -1;
 
   HOLD (&log->lock);
+
+  const uint64_t in_use = log->next - log->head - log->count[LOG_FREE];
+
+  if (in_use >= most) {
+    errno = EDQUOT;
+    return -1;
+  }
+  wanted = MIN (wanted, most - in_use);
 
   /* (No row is longer than a chunk.) */
   struct search search = { .wanted = MIN (wanted, CHUNK_BLOCKS) };

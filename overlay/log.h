@@ -76,10 +76,14 @@ enum log_effort {
 
 /* Take up to WANTED consecutive addresses; the file is made with the first ones.  -1 and
  * errno if there is none to be had: the file cannot be made, EFBIG when the log is as
- * long as it can be, ENOMEM.  What the blocks hold is undefined.
+ * long as it can be, ENOMEM; EDQUOT when MOST addresses are in use already.  What the
+ * blocks hold is undefined.
  */
 extern int log_take (struct log *log, uint64_t wanted, enum log_effort effort,
-                     struct log_run *run);
+                     uint64_t most, struct log_run *run);
+
+/* For MOST: there is no limit. */
+#define LOG_UNLIMITED UINT64_MAX
 
 /* Take COUNT consecutive addresses, no fewer.  -1 and errno. */
 extern int log_take_row (struct log *log, uint64_t count, struct log_run *run);

@@ -557,6 +557,52 @@ slot_store (struct slot *slot, const struct slot_step *step)
 }
 
 /*----------------------------------------------------------------------
+ * Comparing
+ */
+
+uint32_t
+slot_different_blocks (struct slot_pair one, struct slot_pair other)
+{
+  const uint64_t states = one.state ^ other.state;
+  uint32_t different = bitmap_allocated (states) | bitmap_zero (states);
+  uint32_t left
+    = bitmap_allocated (one.state) & bitmap_allocated (other.state);
+
+  if (one.where == other.where)
+    return different;
+  for (; left; left &= left - 1) {
+    const unsigned block = (unsigned) __builtin_ctz (left);
+
+    if (slot_address (one, block) != slot_address (other, block))
+      different |= bitmap_mask (block, 1);
+  }
+  return different;
+}
+
+uint64_t
+map_next_different (const struct map *one, const struct map *other,
+                    uint64_t nr)
+{
+  while (nr < one->nr_slots) {
+    void *a = atomic_load (&one->root), *b = atomic_load (&other->root);
+    unsigned level = one->levels;
+
+    for (; a != b && level > 0; --level) {
+      const unsigned i = child_index (nr, level);
+
+      a = a ? atomic_load (&((struct inner *) a)->child[i]) : NULL;
+      b = b ? atomic_load (&((struct inner *) b)->child[i]) : NULL;
+    }
+    if (a != b)
+      return nr;
+
+    /* Go on behind the subtree that both have, or that none has. */
+    nr = (nr | ((UINT64_C (1) << bits_below (level + 1)) - 1)) + 1;
+  }
+  return one->nr_slots;
+}
+
+/*----------------------------------------------------------------------
  * Frozen maps
  */
 

@@ -165,6 +165,23 @@ extern void slot_cancel (const struct slot_step *step);
 extern void slot_store (struct slot *slot, const struct slot_step *step);
 
 /*----------------------------------------------------------------------
+ * Comparing
+ */
+
+/* The blocks of a slot that are not the same in both maps: their states differ, or both
+ * are allocated, at different addresses.  Caller holds both maps, which are frozen and of
+ * one log.
+ */
+extern uint32_t slot_different_blocks (struct slot_pair one,
+                                       struct slot_pair other);
+
+/* The first slot number >= NR that may be different in both maps, or nr_slots.  Skips what
+ * they share, and what neither has.  Caller as above.
+ */
+extern uint64_t map_next_different (const struct map *one,
+                                    const struct map *other, uint64_t nr);
+
+/*----------------------------------------------------------------------
  * Frozen maps
  */
 

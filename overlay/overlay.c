@@ -89,9 +89,12 @@ overlay_new (uint64_t size, const struct overlay_options *options)
   o->block_shift = (unsigned) __builtin_ctz (options->block_size);
   o->slot_shift = o->block_shift + (unsigned) __builtin_ctz (SLOT_BLOCKS);
   o->detect_zeroes = options->detect_zeroes;
+  o->max_blocks = options->max_bytes
+                    ? MAX (options->max_bytes >> o->block_shift, 1)
+                    : LOG_UNLIMITED;
   o->fate = options->fate;
   atomic_init (&o->life, OVERLAY_OPEN);
-  atomic_init (&o->changed, false);
+  atomic_init (&o->changed_in, 0);
   grace_init (&o->grace);
   cleaning_init (&o->cleaning, options->cleaner, &o->log, &o->grace);
   err = init_store (o, options);
@@ -174,10 +177,23 @@ overlay_size (const struct overlay *o)
   return o->size;
 }
 
+uint64_t
+overlay_max_bytes (const struct overlay *o)
+{
+  return o->max_blocks == LOG_UNLIMITED ? 0 : o->max_blocks << o->block_shift;
+}
+
 bool
 overlay_is_changed (const struct overlay *o)
 {
-  return atomic_load (&o->changed);
+  return atomic_load (&o->changed_in) > 0;
+}
+
+bool
+overlay_is_changed_since (const struct overlay *o,
+                          const struct frozen_map *frozen)
+{
+  return atomic_load (&o->changed_in) > frozen->generation;
 }
 
 void
@@ -198,25 +214,45 @@ overlay_unlock_stripes (struct overlay *o, uint64_t stripes)
  * Freezing
  */
 
+/* All request locks are held exclusively before the first overlay is frozen, and until the
+ * last one is: so what was acknowledged of one before something was sent to another is
+ * in the first one's frozen map if that is in the other one's.
+ */
+int
+overlay_freeze_all (struct overlay *const *overlays, size_t count,
+                    struct frozen_map **frozen)
+{
+  bool closed = false;
+  size_t made = 0;
+
+  assert_none_held_from (RANK_RELEASE);
+
+  while (made < count && (frozen[made] = malloc (sizeof **frozen)))
+    made++;
+  if (made == count) {
+    for (size_t i = 0; i < count; ++i) {
+      rwlock_lock_exclusively (&overlays[i]->request_lock);
+      closed |= is_closed (overlays[i]);
+    }
+    for (size_t i = 0; i < count && !closed; ++i)
+      map_freeze (&overlays[i]->map, frozen[i]);
+    for (size_t i = count; i-- > 0;)
+      rwlock_unlock (&overlays[i]->request_lock);
+    if (!closed)
+      return 0;
+  }
+  while (made-- > 0)
+    free (frozen[made]);
+  errno = closed ? ESHUTDOWN : ENOMEM;
+  return -1;
+}
+
 struct frozen_map *
 overlay_freeze (struct overlay *o)
 {
-  assert_none_held_from (RANK_RELEASE);
+  struct frozen_map *frozen;
 
-  struct frozen_map *frozen = malloc (sizeof *frozen);
-
-  if (!frozen)
-    return NULL;
-  {
-    HOLD_EXCLUSIVE (&o->request_lock);
-    if (!is_closed (o)) {
-      map_freeze (&o->map, frozen);
-      return frozen;
-    }
-  }
-  free (frozen);
-  errno = ESHUTDOWN;
-  return NULL;
+  return overlay_freeze_all (&o, 1, &frozen) == 0 ? frozen : NULL;
 }
 
 void
@@ -343,6 +379,42 @@ overlay_release (struct overlay *o, struct frozen_map *frozen)
   bury_dead (o, frozen);
   map_release (frozen);
   free (frozen);
+}
+
+/* For dead_count: what the older map does not own either. */
+static uint32_t
+count_alone (void *opaque, struct dead_run run)
+{
+  const struct map *older = opaque;
+  uint32_t count = run.count;
+
+  for (uint32_t i = 0; older && i < run.count; ++i)
+    count -= owns (older, run.block + i, run.address + i);
+  return count;
+}
+
+int
+overlay_taken_by (struct overlay *o, const struct frozen_map *frozen,
+                  uint64_t *bytes)
+{
+  struct dead_look look;
+
+  assert_none_held_from (RANK_RELEASE);
+
+  /* Meanwhile no list is filtered or joined to another one, so that what was looked at
+   * stays; and the neighbours stay.
+   */
+  HOLD (&o->release_lock);
+  {
+    HOLD_SHARED (&o->request_lock);
+    HOLD (&o->dead_lock);
+    if (dead_look (&map_next_newer (&o->map, frozen)->dead, &look) == -1)
+      return -1;
+  }
+  *bytes = dead_count (&look, count_alone,
+                       frozen->older ? (void *) &frozen->older->map : NULL)
+           << o->block_shift;
+  return 0;
 }
 
 void

@@ -8,6 +8,7 @@
 #define COW_OVERLAY_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "format/qcow2.h"
@@ -30,6 +31,8 @@ struct overlay_options {
   uint32_t block_size; /* a power of two */
   bool
     detect_zeroes; /* blocks of zeroes that are written become zero blocks */
+  uint64_t
+    max_bytes;     /* that blocks of the disk may take in the file; 0: any */
   const char *dir; /* where their files are made; must live as long as they */
   struct cleaner *cleaner; /* the same; NULL: rounds are done by hand */
   enum overlay_fate fate;
@@ -53,8 +56,17 @@ extern void overlay_free (struct overlay *overlay);
 /* The size it was made with. */
 extern uint64_t overlay_size (const struct overlay *overlay);
 
+/* Its max_bytes, in whole blocks; 0: any.  What would need more gets EDQUOT. */
+extern uint64_t overlay_max_bytes (const struct overlay *overlay);
+
 /* Was the disk ever changed, that is, is there a block that is not a hole? */
 extern bool overlay_is_changed (const struct overlay *overlay);
+
+/* Was anything changed, or is just being changed, that is not in FROZEN, which is held?
+ * Whatever was acknowledged before the call counts.
+ */
+extern bool overlay_is_changed_since (const struct overlay *overlay,
+                                      const struct frozen_map *frozen);
 
 /* Freeze the disk as it is at this moment: what was acknowledged is in it, and of a
  * request that is under way, all or nothing.  What is frozen stays so until
@@ -63,9 +75,22 @@ extern bool overlay_is_changed (const struct overlay *overlay);
  */
 extern struct frozen_map *overlay_freeze (struct overlay *overlay);
 
+/* The same of COUNT overlays, all different and in ascending order of their addresses, at
+ * one moment: into FROZEN, one for each, or none.  -1 and errno.
+ */
+extern int overlay_freeze_all (struct overlay *const *overlays, size_t count,
+                               struct frozen_map **frozen);
+
 /* Nobody looks at what was frozen any more: give back what only it has. */
 extern void overlay_release (struct overlay *overlay,
                              struct frozen_map *frozen);
+
+/* How many bytes of the file does nobody have but FROZEN, which is held, so that its
+ * release would give them back?  Takes time with what was changed between it and its next
+ * newer neighbour.  -1 and ENOMEM.
+ */
+extern int overlay_taken_by (struct overlay *overlay,
+                             const struct frozen_map *frozen, uint64_t *bytes);
 
 /* The disk that somebody looks at: as it is, or as it was when it was frozen. */
 struct disk {

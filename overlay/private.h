@@ -48,10 +48,13 @@ enum overlay_life {
 };
 
 struct overlay {
-  uint64_t size;                  /* of the disk, in bytes; constant */
-  unsigned block_shift;           /* log2 of the block size; constant */
-  unsigned slot_shift;            /* log2 of the slot size; constant */
-  bool detect_zeroes;             /* constant */
+  uint64_t size;        /* of the disk, in bytes; constant */
+  unsigned block_shift; /* log2 of the block size; constant */
+  unsigned slot_shift;  /* log2 of the slot size; constant */
+  bool detect_zeroes;   /* constant */
+  uint64_t
+    max_blocks; /* no address for a block of the disk when so many are in use
+                        * for anything; constant */
   enum overlay_fate fate;         /* constant */
   struct qcow2_geometry geometry; /* of an image; constant */
   struct tables tables;           /* if has_tables; has its own lock */
@@ -62,7 +65,9 @@ struct overlay {
    * the view lock whether views are cut off.
    */
   _Atomic (enum overlay_life) life;
-  atomic_bool changed; /* set before the first change of a slot */
+  _Atomic uint64_t
+    changed_in; /* the map's generation at the last change; 0: there was none.
+                 * Set before a slot is changed, under the request lock */
 
   /* Looked at under the request lock; slots are changed under their slot lock too. */
   struct map map;

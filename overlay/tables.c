@@ -175,7 +175,8 @@ take_clusters (struct tables *t, uint64_t wanted, enum log_effort effort)
   while (t->nr_clusters < wanted) {
     struct log_run run;
 
-    if (log_take (t->log, wanted - t->nr_clusters, effort, &run) == -1)
+    if (log_take (t->log, wanted - t->nr_clusters, effort, LOG_UNLIMITED, &run)
+        == -1)
       return -1;
     if (add_run (t, run) == -1) {
       log_give_back (t->log, run);

@@ -815,7 +815,9 @@ move_blocks (void *arg)
         + NR_WRITERS * ((unsigned) rand_r (&seed) % (NR_BLOCKS / NR_WRITERS));
     struct log_run run;
 
-    while (log_take (&o->log, 1, i % 2 ? LOG_ANY : LOG_TIDY, &run) == -1) {
+    while (
+      log_take (&o->log, 1, i % 2 ? LOG_ANY : LOG_TIDY, LOG_UNLIMITED, &run)
+      == -1) {
       must (errno == EFBIG);
       cleaner_round (&o->cleaning);
     }

@@ -1480,10 +1480,100 @@ backwards_zeroes_leave_nothing (void **state)
   assert_int_equal (bytes_of_last_file (), 0);
 }
 
+static uint64_t
+taken_by (unsigned i)
+{
+  uint64_t bytes = 1;
+
+  assert_int_equal (overlay_taken_by (overlay, held[i]->frozen, &bytes), 0);
+  return bytes / BLOCK;
+}
+
+/* What a frozen map alone has is what its release gives back. */
+static void
+frozen_map_alone_takes_what_its_release_gives_back (void **state)
+{
+  static uint8_t model[SIZE];
+  uint64_t alone, free_before;
+
+  (void) state;
+  memcpy (model, base_bytes, SIZE);
+  do_op ((struct op) { WRITE, 10 * BLOCK, 0, 'a' }, model);
+  do_op ((struct op) { FREEZE, 0, 0, 0 }, model);
+  assert_int_equal (taken_by (0), 0); /* the live disk has all of it */
+  do_op ((struct op) { WRITE, 3 * BLOCK, 0, 'b' }, model);
+  assert_int_equal (taken_by (0), 3);
+  do_op ((struct op) { FREEZE, 0, 0, 0 }, model);
+  assert_int_equal (taken_by (0), 3);
+  assert_int_equal (taken_by (1), 0);
+  do_op ((struct op) { WRITE, 2 * BLOCK, BLOCK, 'c' }, model);
+  do_op ((struct op) { ZERO, 2 * BLOCK, 8 * BLOCK, 0 }, model);
+  assert_int_equal (taken_by (0), 3);
+  assert_int_equal (taken_by (1),
+                    2); /* of the zeroed ones the other has the same */
+
+  /* Without that one, these are its own too. */
+  do_op ((struct op) { RELEASE_OLDEST, 0, 0, 0 }, model);
+  assert_int_equal (taken_by (0), 4);
+
+  /* At random, and more than a chunk of the list has. */
+  seed = 7;
+  for (unsigned i = 0; i < 300; ++i) {
+    do_op ((struct op) { WRITE, 1 + below (3 * BLOCK),
+                         below (SIZE - 3 * BLOCK), 'r' },
+           model);
+    if (i % 60 == 0 && nr_held < MAX_HELD)
+      do_op ((struct op) { FREEZE, 0, 0, 0 }, model);
+  }
+  while (nr_held > 0) {
+    const unsigned i = below (nr_held);
+
+    overlay_clean (overlay);
+    free_before = log_count (&overlay->log).owned;
+    alone = taken_by (i);
+    release_nr (i);
+    assert_int_equal (log_count (&overlay->log).waiting, alone);
+    overlay_clean (overlay);
+    assert_int_equal (free_before - log_count (&overlay->log).owned, alone);
+  }
+  check_all_released (model, true);
+}
+
+/* Whoever is given a frozen map in place of a new one must find all in it that was done. */
+static void
+changes_since_are_noticed (void **state)
+{
+  static uint8_t model[SIZE];
+  struct frozen_map *f;
+
+  (void) state;
+  memcpy (model, base_bytes, SIZE);
+  for (unsigned i = 0; i < 3; ++i) {
+    do_op ((struct op) { FREEZE, 0, 0, 0 }, model);
+    f = held[nr_held - 1]->frozen;
+    assert_false (overlay_is_changed_since (overlay, f));
+    switch (i) {
+    case 0:
+      do_op ((struct op) { WRITE, 100, 100, 'a' }, model);
+      break;
+    case 1:
+      do_op ((struct op) { WRITE, 100, 100, 'b' }, model);
+      break;
+    default:
+      do_op ((struct op) { ZERO, BLOCK, 0, 0 }, model);
+    }
+    assert_true (overlay_is_changed_since (overlay, f));
+    assert_true (overlay_is_changed_since (overlay, held[0]->frozen));
+  }
+  check_all_released (model, true);
+}
+
 int
 main (void)
 {
   const struct CMUnitTest tests[] = {
+    WITH_OVERLAY (frozen_map_alone_takes_what_its_release_gives_back),
+    WITH_OVERLAY (changes_since_are_noticed),
     WITH_OVERLAY (backwards_zeroes_leave_nothing),
     WITH_OVERLAY (frozen_between_a_look_and_its_write),
     WITH_OVERLAY (frozen_in_the_middle_of_any_request),

@@ -129,7 +129,7 @@ change_slot_in_order (uint64_t nr, uint64_t state, bool backwards)
 
     if (!(step.fresh >> b & 1))
       continue;
-    assert_int_equal (log_take (&blocks, 1, LOG_TIDY, &run), 0);
+    assert_int_equal (log_take (&blocks, 1, LOG_TIDY, LOG_UNLIMITED, &run), 0);
     to[b] = run.first;
   }
   assert_int_equal (tables_reserve_refcounts (&tables), 0);

@@ -72,7 +72,7 @@ take_with (uint64_t wanted, enum log_effort effort)
 {
   struct log_run run;
 
-  assert_int_equal (log_take (&log_, wanted, effort, &run), 0);
+  assert_int_equal (log_take (&log_, wanted, effort, LOG_UNLIMITED, &run), 0);
   return run;
 }
 
@@ -333,19 +333,19 @@ log_is_as_long_as_can_be (void **state)
   log_.end_limit = 100;
   expect_take (60, 1, 60);
   expect_take (60, 61, 39);
-  assert_int_equal (log_take (&log_, 1, LOG_TIDY, &run), -1);
+  assert_int_equal (log_take (&log_, 1, LOG_TIDY, LOG_UNLIMITED, &run), -1);
   assert_int_equal (errno, EFBIG);
-  assert_int_equal (log_take (&log_, 1, LOG_ANY, &run), -1);
+  assert_int_equal (log_take (&log_, 1, LOG_ANY, LOG_UNLIMITED, &run), -1);
   assert_int_equal (errno, EFBIG);
   expect_counts (99, 0, 0, 0);
   free_run (5, 1);
-  assert_int_equal (log_take (&log_, 2, LOG_TIDY, &run), -1);
+  assert_int_equal (log_take (&log_, 2, LOG_TIDY, LOG_UNLIMITED, &run), -1);
   assert_int_equal (errno, EFBIG);
   run = take_with (2, LOG_ANY);
   assert_int_equal (run.first, 5);
   assert_int_equal (run.count, 1);
   log_wait (&log_, run_of (99, 1));
-  assert_int_equal (log_take (&log_, 1, LOG_ANY, &run), -1);
+  assert_int_equal (log_take (&log_, 1, LOG_ANY, LOG_UNLIMITED, &run), -1);
   clean (NULL);
   expect_take (5, 99, 1);
 }
@@ -368,7 +368,7 @@ no_more_addresses_than_fit (void **state)
   log_.max_chunks = log_.nr_chunks = 0;
   expect_take (1, UINT32_MAX - 2 * CHUNK, 1);
   expect_take (UINT64_MAX, UINT32_MAX - 2 * CHUNK + 1, 2 * CHUNK - 1);
-  assert_int_equal (log_take (&log_, 1, LOG_ANY, &run), -1);
+  assert_int_equal (log_take (&log_, 1, LOG_ANY, LOG_UNLIMITED, &run), -1);
   assert_int_equal (errno, EFBIG);
   free_run (UINT32_MAX - 1, 1);
   expect_take (2, UINT32_MAX - 1, 1);
@@ -390,7 +390,7 @@ limit_of_the_process (void **state)
   begin (SHIFT, 1);
   run = take_with (1000, LOG_TIDY);
   const int r = fstat (store.file.fd, &st);
-  const int r2 = log_take (&log_, 1, LOG_TIDY, &other);
+  const int r2 = log_take (&log_, 1, LOG_TIDY, LOG_UNLIMITED, &other);
   const int err = errno;
   assert_int_equal (setrlimit (RLIMIT_FSIZE, &old), 0);
   assert_int_equal (run.count, 99);
@@ -409,7 +409,7 @@ no_room_for_the_head (void **state)
 
   (void) state;
   log_.end_limit = 0;
-  assert_int_equal (log_take (&log_, 1, LOG_TIDY, &run), -1);
+  assert_int_equal (log_take (&log_, 1, LOG_TIDY, LOG_UNLIMITED, &run), -1);
   assert_int_equal (errno, EFBIG);
   assert_int_equal (log_take_row (&log_, 1, &run), -1);
   assert_int_equal (errno, EFBIG);
@@ -491,8 +491,9 @@ nothing_is_taken_where_something_fails (void **state)
 
       fail_calls_from (n, EMFILE);
       const bool row = (i + (unsigned) n) % 2;
-      const int r = row ? log_take_row (&log_, wanted[i], &run)
-                        : log_take (&log_, wanted[i], LOG_TIDY, &run);
+      const int r
+        = row ? log_take_row (&log_, wanted[i], &run)
+              : log_take (&log_, wanted[i], LOG_TIDY, LOG_UNLIMITED, &run);
       const int err = errno, failed = call_has_failed ();
 
       if (!failed) {
@@ -613,7 +614,7 @@ take_one (void)
 {
   struct log_run run;
 
-  assert_int_equal (log_take (&log_, 1, LOG_TIDY, &run), 0);
+  assert_int_equal (log_take (&log_, 1, LOG_TIDY, LOG_UNLIMITED, &run), 0);
   other_end = run.first;
 }
 
@@ -861,7 +862,7 @@ random_take (void)
 
   if (nr_owned == sizeof owned / sizeof owned[0])
     return;
-  if (log_take (&log_, wanted, effort, &run) == -1) {
+  if (log_take (&log_, wanted, effort, LOG_UNLIMITED, &run) == -1) {
     assert_int_equal (errno, EFBIG);
     assert_int_equal (model_end, NR_MODEL);
     assert_true (effort == LOG_TIDY || c.free == 0);
@@ -1012,7 +1013,7 @@ take_and_let_go (void *arg)
       const uint64_t wanted = 1 + (unsigned) rand_r (&seed) % 40;
 
       if (log_take (&log_, wanted, rand_r (&seed) % 2 ? LOG_TIDY : LOG_ANY,
-                    &mine[nr])
+                    LOG_UNLIMITED, &mine[nr])
           == -1)
         continue;
       for (uint32_t j = 0; j < mine[nr].count; ++j)
@@ -1079,12 +1080,36 @@ threads (void **state)
 #define WITH_LOG(test)                                                        \
   cmocka_unit_test_setup_teardown (test, set_up, tear_down)
 
+/* A limit is about what is in use: what waits counts, what is free does not. */
+static void
+no_more_than_is_allowed (void **state)
+{
+  struct log_run run;
+
+  (void) state;
+  assert_int_equal (log_take (&log_, 8, LOG_TIDY, 10, &run), 0);
+  assert_int_equal (run.count, 8);
+  assert_int_equal (log_take (&log_, 8, LOG_TIDY, 10, &run), 0);
+  assert_int_equal (run.count, 2);
+  assert_int_equal (log_take (&log_, 1, LOG_ANY, 10, &run), -1);
+  assert_int_equal (errno, EDQUOT);
+  expect_counts (10, 0, 0, 0);
+  assert_int_equal (log_take (&log_, 1, LOG_ANY, 11, &run), 0);
+  (void) log_wait (&log_, run);
+  assert_int_equal (log_take (&log_, 1, LOG_ANY, 11, &run), -1);
+  assert_int_equal (errno, EDQUOT);
+  free_run (3, 2);
+  assert_int_equal (log_take (&log_, 4, LOG_ANY, 11, &run), 0);
+  assert_int_equal (run.count, 2);
+}
+
 int
 main (void)
 {
   const struct CMUnitTest tests[] = {
     WITH_LOG (addresses_come_in_order),
     WITH_LOG (head_is_not_given_out),
+    WITH_LOG (no_more_than_is_allowed),
     WITH_LOG (long_request_gets_one_row),
     WITH_LOG (free_row_is_used_again),
     WITH_LOG (next_one_is_looked_for_behind_the_last_one),
