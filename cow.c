@@ -33,6 +33,9 @@
 #include "server/overlays.h"
 #include "server/save.h"
 #include "server/target.h"
+#include "server/control.h"
+#include "server/moments.h"
+#include "server/names.h"
 #include "server/views.h"
 
 /* The callbacks have the parameters that nbdkit gives them. */
@@ -60,8 +63,12 @@ static enum {
 } cow_on_read;
 static const char *cow_on_read_path;
 static enum scope cow_scope = SCOPE_EXPORT;
+static int64_t cow_max_bytes; /* 0: any */
+static uint64_t cow_max_moments = UINT64_MAX;
 static uint64_t cow_max_overlays = 1024;
 static bool cow_views;
+static char *cow_control; /* an absolute path */
+static struct control *control;
 static const char *cow_base_id;
 static bool cow_base_check = true;
 static struct save_options cow_save;
@@ -83,11 +90,13 @@ static atomic_bool save_failed;
 /* A connection. */
 struct handle {
   char *export_name;           /* what there is an overlay for */
-  enum view_kind kind;         /* VIEW_NONE: the live disk */
+  bool is_view;                /* else the live disk */
+  struct view_name view_name;  /* of a view */
   struct base base;            /* set by .prepare */
   struct overlay_entry *entry; /* set by .prepare, NULL if that failed, or the
                                 * base is viewed */
-  struct view *view;           /* set by .prepare, NULL likewise */
+  struct view *view;           /* set by .prepare, NULL: the live disk */
+  struct viewer *viewer;       /* of a view of the overlay; likewise */
   atomic_bool looked;          /* whether the base is a container */
 };
 
@@ -109,8 +118,11 @@ fua_text (uint32_t flags)
 static void
 cow_unload (void)
 {
+  control_free (control);
+  control = NULL;
   overlays_free (overlays);
   overlays = NULL;
+  free (cow_control);
   free (cow_loads);
   free (others);
 }
@@ -175,6 +187,31 @@ parse_scope (const char *value)
     return -1;
   }
   return 0;
+}
+
+static int
+parse_max_bytes (const char *value)
+{
+  cow_max_bytes = nbdkit_parse_size (value);
+  if (cow_max_bytes <= 0) {
+    nbdkit_error (
+      "cow-max-bytes=%s: must be a size, as 10G, of more than 0 bytes", value);
+    return -1;
+  }
+  return 0;
+}
+
+static int
+parse_control (const char *value)
+{
+  if (cow_control || *value == '\0') {
+    nbdkit_error ("cow-control=%s: must be given once, and name a socket",
+                  value);
+    return -1;
+  }
+  cow_control
+    = nbdkit_absolute_path (value); /* a server may change directory */
+  return cow_control ? 0 : -1;
 }
 
 static int
@@ -303,6 +340,12 @@ cow_config (nbdkit_next_config *next, nbdkit_backend *nxdata, const char *key,
     return parse_scope (value);
   if (strcmp (key, "cow-max-overlays") == 0)
     return parse_max_overlays (value);
+  if (strcmp (key, "cow-max-moments") == 0)
+    return nbdkit_parse_uint64_t (key, value, &cow_max_moments);
+  if (strcmp (key, "cow-max-bytes") == 0)
+    return parse_max_bytes (value);
+  if (strcmp (key, "cow-control") == 0)
+    return parse_control (value);
   if (strcmp (key, "cow-views") == 0)
     return parse_bool (key, value, &cow_views);
   if (add_other (key, value) == -1)
@@ -315,6 +358,18 @@ static int
 cow_config_complete (nbdkit_next_config_complete *next, nbdkit_backend *nxdata)
 {
   descriptors_look ();
+  if (cow_control && cow_scope == SCOPE_CONNECTION) {
+    nbdkit_error ("cow-control=%s: with cow-scope=connection no overlay has a "
+                  "name that a command could use; use cow-scope=export",
+                  cow_control);
+    return -1;
+  }
+  if (cow_control && !cow_views) {
+    nbdkit_error ("cow-control=%s: nobody could read a moment that is named; "
+                  "add cow-views=true",
+                  cow_control);
+    return -1;
+  }
   if (save_detail && !cow_save.target) {
     nbdkit_error ("%s: says how to save, but not where to; add cow-save",
                   save_detail);
@@ -362,6 +417,11 @@ cow_config_complete (nbdkit_next_config_complete *next, nbdkit_backend *nxdata)
   "cow-save-format=portable|extended  Kind of L2 entries (portable).\n"       \
   "cow-scope=export|connection    What has an overlay of its own (export).\n" \
   "cow-max-overlays=<N>           Most overlays at a time (default 1024).\n"  \
+  "cow-max-bytes=<SIZE>           Most that an overlay takes (no limit).\n"   \
+  "cow-max-moments=<N>            Most named moments of an export (no "       \
+  "limit).\n"                                                                 \
+  "cow-control=<SOCKET>           Commands for a running server: name "       \
+  "moments.\n"                                                                \
   "cow-views=<BOOL>               Exports NAME@base, @snapshot, "             \
   "@diff.qcow2\n"                                                             \
   "                               and @full.qcow2 show what NAME is."
@@ -409,8 +469,10 @@ cow_get_ready (int thread_model)
   struct overlays_options options = {
     .scope = cow_scope,
     .max = cow_max_overlays,
+    .max_moments = cow_max_moments,
     .overlay = { .block_size = cow_block_size,
                  .detect_zeroes = cow_detect_zeroes,
+                 .max_bytes = (uint64_t) cow_max_bytes,
                  .format = cow_save.format },
     .base_id = cow_base_id,
     .views = cow_views,
@@ -434,6 +496,11 @@ cow_get_ready (int thread_model)
   if (find_images (&options) == -1)
     return -1;
   overlays = overlays_new (&options);
+  if (overlays && cow_control) {
+    control = control_new (cow_control, overlays);
+    if (!control)
+      return -1;
+  }
   return overlays ? 0 : -1;
 }
 
@@ -453,6 +520,10 @@ cow_after_fork (nbdkit_backend *backend)
   if (cow_save.target && ending_watch (save_now) == -1) {
     nbdkit_error ("cow-save=%s: cannot watch for the server's end: %m",
                   cow_save.target);
+    return -1;
+  }
+  if (control && control_start (control) == -1) {
+    nbdkit_error ("cow-control=%s: cannot start a thread: %m", cow_control);
     return -1;
   }
   return 0;
@@ -483,6 +554,8 @@ save_untouched (nbdkit_backend *backend)
 static void
 cow_cleanup (nbdkit_backend *backend)
 {
+  control_free (control);
+  control = NULL;
   if (!cow_save.target)
     return;
   ending_finish ();
@@ -525,8 +598,9 @@ cow_list_exports (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
                         nbdkit_exports_count (exports));
   if (overlays_list (overlays, exports) == -1)
     return -1;
-  return views_list (exports,
-                     cow_scope == SCOPE_EXPORT ? NR_VIEWS - 1 : VIEW_BASE);
+  if (viewname_list (exports, cow_scope != SCOPE_EXPORT) == -1)
+    return -1;
+  return moments_list (overlays, exports);
 }
 
 /* Remember what "" means, for views of it. */
@@ -541,28 +615,52 @@ cow_default_export (nbdkit_next_default_export *next, nbdkit_backend *nxdata,
   return name;
 }
 
+/* Is that the base by itself, without its overlay? */
+static bool
+is_base_view (const struct handle *h)
+{
+  return h->is_view && h->view_name.what.moment == MOMENT_BASE
+         && h->view_name.form == VIEW_DISK;
+}
+
 /* Find out what NAME is a view of.  -1 if it is refused, which was reported. */
 static int
-parse_export_name (struct handle *h, const char *name)
+parse_view_name (struct handle *h, const char *name)
 {
-  size_t length = strlen (name), ignored;
+  const char *problem = viewname_parse (name, &h->view_name);
 
-  h->kind = cow_views ? view_of_name (name, &length) : VIEW_NONE;
-  if (h->kind != VIEW_NONE && h->kind != VIEW_BASE
-      && cow_scope == SCOPE_CONNECTION) {
+  h->is_view = true;
+  if (problem) {
+    nbdkit_error ("cow: export refused: the view \"%s\" %s",
+                  printable (name).text, problem);
+    return -1;
+  }
+  if (!is_base_view (h) && cow_scope == SCOPE_CONNECTION) {
     nbdkit_error ("cow: export refused: with cow-scope=connection each "
                   "connection has a disk of its own, of which others have no "
                   "view; use cow-scope=export");
     return -1;
   }
-  if (length == 0 && h->kind != VIEW_NONE && h->kind != VIEW_BASE)
+  return 0;
+}
+
+static int
+parse_export_name (struct handle *h, const char *name)
+{
+  size_t length = strlen (name);
+
+  if (cow_views && viewname_is_view (name)) {
+    if (parse_view_name (h, name) == -1)
+      return -1;
+    length = h->view_name.length;
+  }
+  if (length == 0 && h->is_view && !is_base_view (h))
     h->export_name = overlays_default_name (overlays);
   else if (!(h->export_name = strndup (name, length)))
     nbdkit_error ("cow: out of memory");
   if (!h->export_name)
     return -1;
-  if (h->kind != VIEW_NONE
-      && view_of_name (h->export_name, &ignored) != VIEW_NONE) {
+  if (h->is_view && viewname_is_view (h->export_name)) {
     nbdkit_error ("cow: export refused: there are no views of a view");
     return -1;
   }
@@ -600,10 +698,10 @@ cow_close (void *handle)
 {
   struct handle *h = handle;
 
-  if (h->kind == VIEW_BASE)
+  if (is_base_view (h))
     view_free (h->view);
-  else if (h->view)
-    overlays_put_view (h->entry, h->view);
+  else if (h->viewer)
+    overlays_put_view (h->entry, h->viewer);
   if (h->entry)
     overlays_put (overlays, h->entry);
   free_handle (h);
@@ -616,16 +714,19 @@ cow_prepare (nbdkit_next *next, void *handle, int readonly)
 
   if (base_init (&h->base, next) == -1)
     return -1;
-  if (h->kind == VIEW_BASE) {
-    h->view = view_new (VIEW_BASE, NULL, NULL, NULL);
+  if (is_base_view (h)) {
+    h->view = view_new (&(struct view_source) { .what = NULL }, NULL, NULL);
     return h->view ? 0 : -1;
   }
   h->entry = overlays_get (overlays, h->export_name, &h->base);
   if (!h->entry)
     return -1;
-  if (h->kind != VIEW_NONE) {
-    h->view = overlays_get_view (overlays, h->entry, h->kind);
-    return h->view ? 0 : -1;
+  if (h->is_view) {
+    h->viewer = overlays_get_view (overlays, h->entry, &h->view_name);
+    if (!h->viewer)
+      return -1;
+    h->view = h->viewer->view;
+    return 0;
   }
   VERBOSE ("export \"%s\": connected, %" PRIu64 " bytes%s", h->export_name,
            h->base.size, readonly ? ", read only" : "");
@@ -637,7 +738,14 @@ cow_get_size (nbdkit_next *next, void *handle)
 {
   const struct handle *h = handle;
 
-  return h->view ? view_size (h->view, &h->base) : (int64_t) h->base.size;
+  if (!h->view)
+    return (int64_t) h->base.size;
+
+  const int64_t size = view_size (h->view, &h->base);
+
+  if (h->viewer)
+    viewer_is_ready (h->viewer); /* planning an image may have taken long */
+  return size;
 }
 
 static const char *
@@ -645,7 +753,7 @@ cow_export_description (nbdkit_next *next, void *handle)
 {
   const struct handle *h = handle;
 
-  return h->view ? view_description (h->kind)
+  return h->view ? viewname_description (&h->view_name)
                  : next->export_description (next);
 }
 
@@ -738,7 +846,7 @@ static void
 look_for_container (struct handle *h, const void *buf, uint32_t count,
                     uint64_t offset)
 {
-  if (offset == 0 && h->kind != VIEW_DIFF && h->kind != VIEW_FULL
+  if (offset == 0 && h->view_name.form == VIEW_DISK
       && qcow2_is_image (buf, count) && !atomic_exchange (&h->looked, true))
     identity_warn_of_container (h->export_name, &h->base);
 }
@@ -751,6 +859,8 @@ cow_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
   int r;
 
   log_request (h, "read", count, offset, "");
+  if (h->viewer)
+    viewer_reads (h->viewer);
   if (h->view)
     r = view_read (h->view, &h->base, buf, count, offset, err);
   else
@@ -829,6 +939,8 @@ cow_extents (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
 
   log_request (h, "extents of", count, offset,
                flags & NBDKIT_FLAG_REQ_ONE ? ", one" : "");
+  if (h->viewer)
+    viewer_reads (h->viewer);
   if (h->view)
     return view_extents (h->view, &h->base, count, offset, flags, extents,
                          err);

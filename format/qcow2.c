@@ -53,7 +53,7 @@
  *
  *   0  "cow 1", 3 zero bytes; all there was at first
  *   8  size of the base
- *  16  bit 0: there is a checksum
+ *  16  bit 0: there is a checksum; bit 1: it is an increment
  *  20  the checksum
  *  24  length of what the base is called
  *  28  that text
@@ -70,6 +70,7 @@ static const char ours[8] = "cow 1";
 #define O_ID_LENGTH 24
 #define O_ID 28
 #define OURS_HAS_CHECKSUM UINT32_C (1)
+#define OURS_IS_INCREMENT UINT32_C (2)
 
 /* Bits of L1 and L2 entries. */
 #define ENTRY_COPIED (UINT64_C (1) << 63)
@@ -215,7 +216,9 @@ encode_ours (struct encoder *e, const struct qcow2_base *base)
 
   const size_t length = strlen (base->id);
   put64 (data, O_SIZE, base->size);
-  put32 (data, O_FLAGS, base->has_checksum ? OURS_HAS_CHECKSUM : 0);
+  put32 (data, O_FLAGS,
+         (base->has_checksum ? OURS_HAS_CHECKSUM : 0)
+           | (base->is_increment ? OURS_IS_INCREMENT : 0));
   put32 (data, O_CHECKSUM, base->has_checksum ? base->checksum : 0);
   put32 (data, O_ID_LENGTH, (uint32_t) length);
   memcpy (data + O_ID, base->id, length);
@@ -450,6 +453,7 @@ decode_ours (const char *data, size_t length, size_t at,
   base->known = true;
   base->size = get64 (data, O_SIZE);
   base->has_checksum = get32 (data, O_FLAGS) & OURS_HAS_CHECKSUM;
+  base->is_increment = get32 (data, O_FLAGS) & OURS_IS_INCREMENT;
   base->checksum = get32 (data, O_CHECKSUM);
   return 0;
 }

@@ -40,7 +40,8 @@
  */
 #define QCOW2_MAX_BASE_ID 255
 struct qcow2_base {
-  bool known; /* is anything of this said at all? */
+  bool known;        /* is anything of this said at all? */
+  bool is_increment; /* it is over a later state of the disk than the base */
   bool has_checksum;
   uint32_t checksum; /* of the first bytes of the base */
   uint64_t size;     /* of the base, in bytes */

@@ -495,6 +495,14 @@ apply_image (struct loading *to, const struct loaded *image, const char *name)
     return -1;
   }
   if (!to->loads->any_base) {
+    if (header->base.is_increment && !to->has_image) {
+      nbdkit_error (
+        "cow-load=%s: it has only what changed between two moments; "
+        "load the images of what was there before, in order, in "
+        "front of it",
+        name);
+      return -1;
+    }
     if (identity_check (name, header, &below) == -1)
       return -1;
     if (!to->has_image && !to->identity->id[0])

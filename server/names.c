@@ -155,12 +155,12 @@ printable (const char *name)
 }
 
 char *
-names_of_export (const char *export_name)
+names_encode (const char *export_name)
 {
   const char *name = *export_name ? export_name : "default";
-  char *file = malloc (3 * strlen (name) + sizeof SUFFIX), *to = file;
+  char *word = malloc (3 * strlen (name) + 1), *to = word;
 
-  if (!file)
+  if (!word)
     return NULL;
   for (size_t i = 0; name[i]; ++i) {
     if (*export_name && is_special (name, i))
@@ -168,12 +168,60 @@ names_of_export (const char *export_name)
     else
       *to++ = name[i];
   }
-  memcpy (to, SUFFIX, sizeof SUFFIX);
+  *to = '\0';
+  return word;
+}
 
-  if (strlen (file) > NAME_MAX) {
+static int
+hexadecimal (char c)
+{
+  const char *const digits = "0123456789ABCDEFabcdef", *found;
+
+  found = c ? strchr (digits, c) : NULL;
+  if (!found)
+    return -1;
+  return (int) (found - digits < 16 ? found - digits : found - digits - 6);
+}
+
+int
+names_decode (char *word)
+{
+  char *to = word;
+
+  if (strcmp (word, "default") == 0) {
+    *word = '\0';
+    return 0;
+  }
+  /* What is wrong is left as it is. */
+  for (const char *c = word; (c = strchr (c, '%')); ++c)
+    if (hexadecimal (c[1]) == -1 || hexadecimal (c[2]) == -1
+        || hexadecimal (c[1]) + hexadecimal (c[2]) == 0)
+      return -1;
+  for (; *word; ++to)
+    if (*word == '%') {
+      *to = (char) (hexadecimal (word[1]) << 4 | hexadecimal (word[2]));
+      word += 3;
+    }
+    else
+      *to = *word++;
+  *to = '\0';
+  return 0;
+}
+
+char *
+names_of_export (const char *export_name)
+{
+  char *name = names_encode (export_name), *file = NULL;
+
+  if (name && asprintf (&file, "%s" SUFFIX, name) == -1)
+    file = NULL;
+  free (name);
+  if (!file)
+    errno = ENOMEM;
+  else if (strlen (file) > NAME_MAX) {
     free (file);
+    file = NULL;
     errno = ENAMETOOLONG;
-    return NULL;
   }
   return file;
 }

@@ -33,10 +33,18 @@ extern char *names_directory (const char *path);
 /* A and B one behind the other with a slash in between, likewise. */
 extern char *names_join (const char *a, const char *b);
 
-/* The name of the file that holds the diff of an export: NAME.qcow2, where NAME is
- * default for the default export "", and otherwise the export's name, in which
- * whatever could leave the directory, clash with another one or hide the file is
- * percent-encoded.  Likewise; ENAMETOOLONG if no file can have that name.
+/* An export's name as one word, which can also be the name of a file: "default" for the
+ * default export "", and otherwise the name, in which blanks and whatever could leave the
+ * directory, clash with another one or hide the file is percent-encoded.  Likewise; NULL
+ * and ENOMEM.
+ */
+extern char *names_encode (const char *export_name);
+
+/* The export's name that WORD encodes, or is, into WORD.  -1 if there is none. */
+extern int names_decode (char *word);
+
+/* The name of the file that holds the diff of an export: that, and .qcow2.  Likewise;
+ * ENAMETOOLONG if no file can have that name.
  */
 extern char *names_of_export (const char *export_name);
 

@@ -32,48 +32,13 @@
 #include "common/lock.h"
 #include "overlay/cleaner.h"
 #include "overlay/newfile.h"
+#include "server/entry.h"
 #include "server/identity.h"
 #include "server/loads.h"
 #include "server/names.h"
 #include "server/overlays.h"
 #include "server/save.h"
 #include "server/tmpdir.h"
-
-/* An overlay and those who use it. */
-struct overlay_entry {
-  char *name;              /* of the export; constant */
-  struct overlay *overlay; /* constant */
-  uint64_t users;          /* connections; guarded by the set's lock */
-  struct save_target
-    target;               /* what it replaces; constant when READY, as is... */
-  struct qcow2_base base; /* if that is wanted */
-  struct mutex lock;      /* held while it is made ready; guards views */
-  struct shared_view {
-    struct view *view; /* NULL: nobody has it */
-    uint64_t users;    /* connections */
-  } views[NR_VIEWS];
-  _Atomic enum entry_state {
-    ENTRY_NEW,
-    ENTRY_READY,  /* can be saved, and is loaded, if there was something */
-    ENTRY_FAILED, /* what is in it is of no use */
-  } state;        /* changes once, under lock */
-};
-
-struct overlays {
-  struct overlays_options options; /* constant */
-  char *dir;                       /* constant: of the overlay files */
-  struct mutex lock;               /* guards what follows */
-  void *by_name;  /* tree (tsearch) of those of SCOPE_EXPORT */
-  uint64_t count; /* of all overlays */
-  enum {
-    SET_OPEN,
-    SET_CLOSED, /* to new users: the server ends */
-    SET_SAVED,  /* or kept elsewhere, or lost: all that there was */
-  } state;
-  bool had_user; /* before it was closed, somebody got an overlay, loaded; */
-  struct qcow2_base base; /* that was its base */
-  char *default_name; /* of the plugin's default export; NULL: nobody asked */
-};
 
 static void
 report_directory (const struct save *save, const char *dir)
@@ -169,6 +134,7 @@ free_entry (void *pointer)
   struct overlay_entry *entry = pointer;
 
   if (entry) {
+    history_free (entry->history);
     overlay_free (entry->overlay);
     save_forget_target (&entry->target);
     mutex_destroy (&entry->lock);
@@ -222,9 +188,8 @@ new_entry (const struct overlays *s, const char *name, uint64_t size)
   return entry;
 }
 
-/* Caller holds the lock.  NULL: there is none. */
-static struct overlay_entry *
-find (struct overlays *s, const char *name)
+struct overlay_entry *
+overlays_find (struct overlays *s, const char *name)
 {
   assert_held (&s->lock);
 
@@ -313,7 +278,7 @@ find_or_add (struct overlays *s, const char *name, uint64_t size)
   HOLD (&s->lock);
 
   struct overlay_entry *entry
-    = s->options.scope == SCOPE_EXPORT ? find (s, name) : NULL;
+    = s->options.scope == SCOPE_EXPORT ? overlays_find (s, name) : NULL;
 
   if (s->state != SET_OPEN) {
     nbdkit_debug ("cow: export \"%s\" refused: the server ends", name);
@@ -415,7 +380,20 @@ static bool
 is_worth_keeping (const struct overlays *s, const struct overlay_entry *entry)
 {
   return s->options.scope == SCOPE_EXPORT && entry->state == ENTRY_READY
-         && overlay_is_changed (entry->overlay);
+         && (overlay_is_changed (entry->overlay) || entry->history);
+}
+
+void
+overlays_remove (struct overlays *s, struct overlay_entry *entry)
+{
+  assert_held (&s->lock);
+
+  if (entry->dropped)
+    return;
+  entry->dropped = true;
+  if (s->options.scope == SCOPE_EXPORT)
+    tdelete (entry, &s->by_name, compare_names);
+  s->count--;
 }
 
 void
@@ -424,11 +402,9 @@ overlays_put (struct overlays *s, struct overlay_entry *entry)
   {
     HOLD (&s->lock);
 
-    if (--entry->users > 0 || is_worth_keeping (s, entry))
+    if (--entry->users > 0 || (!entry->dropped && is_worth_keeping (s, entry)))
       return;
-    if (s->options.scope == SCOPE_EXPORT)
-      tdelete (entry, &s->by_name, compare_names);
-    s->count--;
+    overlays_remove (s, entry);
   }
   VERBOSE ("throwing away the overlay for export \"%s\"", entry->name);
   free_entry (entry);
@@ -444,41 +420,108 @@ overlay_of (const struct overlay_entry *entry)
  * Views
  */
 
-struct view *
-overlays_get_view (struct overlays *s, struct overlay_entry *entry,
-                   enum view_kind kind)
+/* What NAME is a view of, as far as that has a name.  Caller holds the entry's lock.  -1 if
+ * there is no such moment, which was reported.
+ */
+static int
+find_source (const struct overlay_entry *entry, const struct view_name *name,
+             struct view_source *source)
 {
+  const struct view_end *ends[] = { &name->from, &name->what };
+  struct moment *moments[2] = { NULL, NULL };
+
+  for (unsigned i = 0; i < 2; ++i) {
+    if (ends[i]->moment != MOMENT_NAMED)
+      continue;
+
+    const struct named_moment *named
+      = history_find (entry->history, ends[i]->name);
+
+    if (!named) {
+      nbdkit_error (
+        "cow: export \"%s\" has no moment \"%s\"; make it with the "
+        "command \"moment\" of cow-control",
+        printable (entry->name).text, ends[i]->name);
+      return -1;
+    }
+    moments[i] = named->moment;
+  }
+  *source = (struct view_source) {
+    .form = name->form,
+    .from = moments[0],
+    .what = moments[1],
+  };
+  return 0;
+}
+
+/* A view that nobody has yet.  NULL if there is none to be had, which was reported. */
+static struct view *
+new_view (const struct overlays *s, struct overlay_entry *entry,
+          struct view_source *source, bool now)
+{
+  struct moment *moment = NULL;
+
+  if (now && moments_new (&entry->overlay, 1, &moment) == -1) {
+    if (errno == ESHUTDOWN)
+      nbdkit_debug ("cow: view refused: the server ends");
+    else
+      nbdkit_error ("cow: out of memory");
+    return NULL;
+  }
+  if (now)
+    source->what = moment;
+
+  struct view *view = view_new (source, &entry->base, &s->options.view);
+
+  moment_let_go (moment); /* the view holds it */
+  return view;
+}
+
+struct viewer *
+overlays_get_view (struct overlays *s, struct overlay_entry *entry,
+                   const struct view_name *name)
+{
+  struct viewer *viewer = viewer_new ();
+  struct view_source source;
+
+  if (!viewer) {
+    nbdkit_error ("cow: out of memory");
+    return NULL;
+  }
+
   HOLD (&entry->lock);
 
-  struct shared_view *shared = &entry->views[kind];
-
-  if (!shared->view) {
-    shared->view
-      = view_new (kind, entry->overlay, &entry->base, &s->options.view);
-    if (!shared->view)
-      return NULL;
-    VERBOSE ("export \"%s\": frozen for %s", entry->name,
-             view_description (kind));
+  viewer->now = name->what.moment == MOMENT_NOW;
+  if (find_source (entry, name, &source) == -1) {
+    free (viewer);
+    return NULL;
   }
-  shared->users++;
-  return shared->view;
+  viewer->view = viewers_find (entry->viewers, viewer, &source);
+  if (!viewer->view) {
+    viewer->view = new_view (s, entry, &source, viewer->now);
+    if (!viewer->view) {
+      free (viewer);
+      return NULL;
+    }
+    if (viewer->now)
+      VERBOSE ("export \"%s\": frozen for %s", entry->name,
+               viewname_description (name));
+  }
+  viewers_add (&entry->viewers, viewer);
+  return viewer;
 }
 
 void
-overlays_put_view (struct overlay_entry *entry, struct view *view)
+overlays_put_view (struct overlay_entry *entry, struct viewer *viewer)
 {
+  struct view *view;
+
   {
     HOLD (&entry->lock);
-
-    struct shared_view *shared = entry->views;
-
-    while (shared->view != view)
-      shared++;
-    if (--shared->users > 0)
-      return;
-    shared->view = NULL;
+    view = viewers_remove (&entry->viewers, viewer);
   }
   view_free (view);
+  free (viewer);
 }
 
 void
@@ -505,7 +548,7 @@ overlays_default_name (struct overlays *s)
 {
   HOLD (&s->lock);
 
-  if (!s->default_name && s->count > 0 && !find (s, "")) {
+  if (!s->default_name && s->count > 0 && !overlays_find (s, "")) {
     nbdkit_error ("cow: export refused: the name of the default export is not "
                   "known yet; use or list it first, or give its name in front "
                   "of the @");
@@ -516,12 +559,6 @@ overlays_default_name (struct overlays *s)
     nbdkit_error ("cow: out of memory");
   return name;
 }
-
-/* A copy of the names that have an overlay. */
-struct name_list {
-  char **names; /* NULL: there was no memory */
-  size_t count;
-};
 
 static void
 add_name (const void *node, VISIT which, void *list_)
@@ -536,9 +573,8 @@ add_name (const void *node, VISIT which, void *list_)
     list->count++;
 }
 
-/* The set's lock is not held while nbdkit is called. */
-static struct name_list
-copy_names (struct overlays *s)
+struct name_list
+overlays_names (struct overlays *s)
 {
   struct name_list list = { .count = 0 };
 
@@ -559,7 +595,7 @@ compare_texts (const void *a, const void *b)
 int
 overlays_list (struct overlays *s, struct nbdkit_exports *exports)
 {
-  struct name_list list = copy_names (s);
+  struct name_list list = overlays_names (s);
   const size_t nr_known = nbdkit_exports_count (exports);
   CLEANUP_FREE const char **known = calloc (nr_known + 1, sizeof *known);
   int r = 0;
@@ -676,8 +712,10 @@ overlays_save (struct overlays *s)
   else if (s->had_user && !save_is_per_export (save))
     /* Those who were there have left nothing behind. */
     r = save_empty (save, s->options.loads, &s->base, &s->options.overlay);
-  if (count > 0 || s->had_user)
+  if (count > 0 || s->had_user) {
+    HOLD (&s->lock); /* commands may still look at it */
     s->state = SET_SAVED;
+  }
   return r;
 }
 

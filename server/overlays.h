@@ -10,6 +10,7 @@
 
 #include "base.h"
 #include "blk.h"
+#include "server/viewers.h"
 #include "server/views.h"
 
 struct loads;
@@ -24,7 +25,8 @@ enum scope {
 
 struct overlays_options {
   enum scope scope;
-  uint64_t max; /* overlays at a time */
+  uint64_t max;         /* overlays at a time */
+  uint64_t max_moments; /* that have a name, of each */
   struct overlay_options
     overlay;         /* its dir, cleaner and fate are not looked at */
   struct save *save; /* NULL: they are thrown away */
@@ -61,14 +63,15 @@ extern void overlays_put (struct overlays *overlays,
 /* What overlays_get got. */
 extern struct overlay *overlay_of (const struct overlay_entry *entry);
 
-/* The view of what overlays_get got, as of the moment at which the first of those
- * connected who have it now.  It stays until overlays_put_view, and OVERLAYS_PUT must
- * come after that.  NULL if the connection is to be refused, which was reported.
+/* A view of what overlays_get got, for the connection that is just made.  It stays until
+ * overlays_put_view, and OVERLAYS_PUT must come after that.  NULL if the connection is to
+ * be refused, which was reported.
  */
-extern struct view *overlays_get_view (struct overlays *overlays,
-                                       struct overlay_entry *entry,
-                                       enum view_kind kind);
-extern void overlays_put_view (struct overlay_entry *entry, struct view *view);
+extern struct viewer *overlays_get_view (struct overlays *overlays,
+                                         struct overlay_entry *entry,
+                                         const struct view_name *name);
+extern void overlays_put_view (struct overlay_entry *entry,
+                               struct viewer *viewer);
 
 /* The name of the plugin's default export; "" is one too.  overlays_default_name
  * returns a copy that the caller frees.  As long as the name is not known that is "",

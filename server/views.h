@@ -6,7 +6,6 @@
 #define COW_VIEWS_H
 
 #include <stdbool.h>
-#include <stddef.h>
 #include <stdint.h>
 
 #include <nbdkit-filter.h>
@@ -14,31 +13,8 @@
 #include "base.h"
 #include "blk.h"
 #include "format/qcow2.h"
-
-enum view_kind {
-  VIEW_BASE,     /* the base as it is below the filter */
-  VIEW_SNAPSHOT, /* the disk frozen at a moment */
-  VIEW_DIFF,     /* the bytes of the diff of a moment */
-  VIEW_FULL,     /* the same with the base's data in it */
-  NR_VIEWS,
-  VIEW_NONE = NR_VIEWS, /* the live disk */
-};
-
-/* Which view is the export NAME?  *LENGTH is that of the name of what it is a view
- * of, which may be 0.  Only the last suffix counts.
- */
-extern enum view_kind view_of_name (const char *name, size_t *length);
-
-/* What NBD_OPT_LIST and NBD_OPT_INFO tell of it. */
-extern const char *view_description (enum view_kind kind);
-
-/* Add to EXPORTS the views of each name that is in it already, up to LAST, while there
- * is room.  -1 if there is no memory, which was reported.
- */
-extern int views_list (struct nbdkit_exports *exports, enum view_kind last);
-
-/* How many names can be in a list. */
-#define MAX_EXPORTS 10000
+#include "server/moment.h"
+#include "server/viewname.h"
 
 /* What images are made of, as in struct save_options. */
 struct view_options {
@@ -48,18 +24,27 @@ struct view_options {
   const char *backing_format;
 };
 
+/* What a view shows; NULL is the base.  Both moments are of one log. */
+struct view_source {
+  enum view_form form;
+  struct moment *from; /* of a diff: what it is over */
+  struct moment *what;
+};
+
 struct view;
 
-/* Make a view of what OVERLAY is at this moment (NULL for VIEW_BASE, which needs
- * none).  IDENTITY, which is copied, is what a diff is to say of its base (NULL for
- * VIEW_BASE).  The view can be used by several connections at once; BASE below is that
- * of the connection.  OPTIONS must live as long.  NULL if that is not possible, which
- * was reported.
+/* Make a view, which holds both moments.  IDENTITY, which is copied, is what a diff is to
+ * say of its base (NULL: nothing).  The view can be used by several connections at once;
+ * BASE below is that of the connection.  OPTIONS must live as long.  NULL if there is no
+ * memory, which was reported.
  */
-extern struct view *view_new (enum view_kind kind, struct overlay *overlay,
+extern struct view *view_new (const struct view_source *source,
                               const struct qcow2_base *identity,
                               const struct view_options *options);
 extern void view_free (struct view *view);
+
+/* What it was made with. */
+extern const struct view_source *view_source (const struct view *view);
 
 /* Its size in bytes.  An image is planned when this is called first, and must be
  * before it is read.  -1 if it cannot be made, which was reported.

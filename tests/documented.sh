@@ -12,7 +12,7 @@
 #   stop_server     ends the servers that commands have left in the background
 #   is_the_disk     see there
 #
-# In front of the real programs stand small ones: nbdkit with this filter for
+# In front of the real programs stand cowctl, as it was built, and small ones: nbdkit with this filter for
 # --filter=cow, qemu without a window, which ends after it has started, and ssh, to
 # $tmp/backup.  ./job writes to the disk that it is given.  More can be put into $tmp/bin.
 
@@ -50,6 +50,7 @@ cat >"$tmp/bin/ssh" <<END
 #!/usr/bin/env bash
 [ \$# -eq 2 ] && [ "\$1" = backup ] && cd "$tmp/backup" && exec bash -c "\$2"
 END
+ln -s "$abs_top_builddir/cowctl/cowctl" "$tmp/bin/cowctl"
 chmod +x "$tmp/bin/"* "$tmp/made/job"
 base_file "$tmp/made/disk.img" 2097152
 PATH=$tmp/bin:$PATH

@@ -667,6 +667,44 @@ class Log:
               "%d requests to the base" % nr)
 
 
+class Refused(Exception):
+    """By the control socket; its text is why."""
+
+
+class Control:
+    """The control socket of a server: cow-control=$tmp/control."""
+
+    def __init__(self, path=None):
+        self.s = socket.socket(socket.AF_UNIX)
+        self.s.connect(path or tmp + "/control")
+        self.f = self.s.makefile("rw", newline="\n")
+
+    def __call__(self, *words):
+        """Sends a command; returns the lines of the answer as [(key, value)...]."""
+        self.f.write(" ".join(words) + "\n")
+        self.f.flush()
+        found = []
+        while True:
+            line = self.f.readline()
+            if not line.endswith("\n"):
+                fail("the control socket was closed in the middle of an answer")
+            line = line[:-1]
+            if line == "ok":
+                return found
+            if line.startswith("error "):
+                raise Refused(line[6:])
+            found.append(tuple(line.split("=", 1)))
+
+    def refuses(self, reason, *words):
+        try:
+            self(*words)
+        except Refused as e:
+            if reason not in str(e):
+                fail("%r refused with %r, not %r" % (words, str(e), reason))
+            return
+        fail("%r was not refused" % (words,))
+
+
 def pipes():
     """How many ends of pipes the server has, two of them for each connection."""
     found = 0

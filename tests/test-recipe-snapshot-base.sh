@@ -53,8 +53,7 @@ of test shows a
 of disk write c 1000000
 of test shows a
 
-# Without shared=true the base changes when nobody is connected.  (While the other server
-# is a client of the view, it would be the same moment.)
+# Without shared=true the base changes when nobody is connected.
 server=$(cat test.pid)
 kill "$server"
 process_ended "$server"

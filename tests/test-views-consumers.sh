@@ -109,35 +109,28 @@ as_raw ()
     qemu-img convert -O raw "$(over_base "$1" "$tmp/base")" "$1.raw"
 }
 
-start_nbdkit file "$tmp/base" cow-views=true cow-save-backing="$tmp/base"
+start_nbdkit file "$tmp/base" cow-views=true cow-save-backing="$tmp/base" \
+    cow-control="$tmp/control"
 start_load
 
-# One moment for each view, held for as long as it takes: the same for everybody.
-py <<'END' &
-held = [connect("@snapshot"), connect("@diff.qcow2"), connect("@full.qcow2")]
-os.mkdir(tmp + "/held")
-until(lambda: os.path.exists(tmp + "/done"), "the end of the test")
-leave(*held)
+# One moment, with a name: the same for everybody, for as long as it takes.
+py <<'END'
+Control()("moment", "m", "default")
 END
-holder=$!
-until [ -d "$tmp/held" ]; do
-    kill -0 $holder || die "the views cannot be held"
-    sleep 0.02
-done
 
 # nbdcopy, from one connection and from several.
-nbdcopy "$(view @snapshot)" "$tmp/snapshot"
+nbdcopy "$(view @m)" "$tmp/snapshot"
 goes_on
-nbdcopy --connections=4 "$(view @snapshot)" - | cmp - "$tmp/snapshot" ||
+nbdcopy --connections=4 "$(view @m)" - | cmp - "$tmp/snapshot" ||
     die "nbdcopy: another snapshot"
 whole "$tmp/snapshot"
-nbdcopy "$(view @diff.qcow2)" "$tmp/diff"
+nbdcopy "$(view @m/diff.qcow2)" "$tmp/diff"
 goes_on
-nbdcopy --connections=4 "$(view @diff.qcow2)" - | cmp - "$tmp/diff" ||
+nbdcopy --connections=4 "$(view @m/diff.qcow2)" - | cmp - "$tmp/diff" ||
     die "nbdcopy: another diff"
 as_raw "$tmp/diff"
 whole "$tmp/diff.raw"
-nbdcopy --connections=4 "$(view @full.qcow2)" "$tmp/full"
+nbdcopy --connections=4 "$(view @m/full.qcow2)" "$tmp/full"
 goes_on
 sound_diff "$tmp/full"
 qemu-img convert -f qcow2 -O raw "$tmp/full" "$tmp/full.raw"
@@ -145,19 +138,19 @@ whole "$tmp/full.raw"
 
 # qemu-img, of the exports themselves.
 for format in raw qcow2; do
-    qemu-img convert -f raw -O $format "$(view @snapshot)" "$tmp/converted"
+    qemu-img convert -f raw -O $format "$(view @m)" "$tmp/converted"
     qemu-img compare -q -f $format -F raw "$tmp/converted" "$tmp/snapshot" ||
         die "qemu-img convert: another snapshot"
-    qemu-img compare -q -f $format -F raw "$tmp/converted" "$(view @snapshot)" ||
+    qemu-img compare -q -f $format -F raw "$tmp/converted" "$(view @m)" ||
         die "qemu-img compare: another snapshot"
 done
 goes_on
 for v in diff full; do
-    qemu-img convert -f qcow2 -O raw "$(view @$v.qcow2)" "$tmp/converted"
+    qemu-img convert -f qcow2 -O raw "$(view @m/$v.qcow2)" "$tmp/converted"
     cmp "$tmp/converted" "$tmp/$v.raw" || die "qemu-img convert: another $v image"
-    qemu-img compare -q -f qcow2 -F raw "$(view @$v.qcow2)" "$tmp/$v.raw" ||
+    qemu-img compare -q -f qcow2 -F raw "$(view @m/$v.qcow2)" "$tmp/$v.raw" ||
         die "qemu-img compare: another $v image"
-    qemu-img check -q -f qcow2 "$(view @$v.qcow2)" || die "qemu-img check: $v"
+    qemu-img check -q -f qcow2 "$(view @m/$v.qcow2)" || die "qemu-img check: $v"
 done
 qemu-img compare -q -f raw -F raw "$(view @base)" "$tmp/base" || die "qemu-img: the base"
 goes_on
@@ -167,15 +160,17 @@ export RESTIC_REPOSITORY=$tmp/repository RESTIC_PASSWORD=secret
 export RESTIC_CACHE_DIR=$tmp/cache
 restic -q init
 for v in snapshot diff.qcow2 full.qcow2; do
-    nbdcopy "$(view @$v)" - |
+    case $v in snapshot) what=@m ;; *) what=@m/$v ;; esac
+    nbdcopy "$(view $what)" - |
         timeout "$guard" restic -q backup --stdin --stdin-filename $v ||
-        die "the backup of @$v failed"
+        die "the backup of $what failed"
     timeout "$guard" restic -q dump latest /$v >"$tmp/restored"
     cmp "$tmp/restored" "$tmp/${v%.qcow2}" || die "restic: another $v"
 done
 goes_on
-touch "$tmp/done"
-wait $holder || die "the views could not be held"
+py <<'END'
+Control()("forget", "m", "default")
+END
 
 # Moments of their own, one after the other.
 for i in 1 2 3; do

@@ -61,9 +61,10 @@ def some_reads(clients, image):
 
 change(100)
 clients = [connect("@diff.qcow2") for i in range(3)]
+live.pwrite(b"since", 100)
+clients.append(connect("@diff.qcow2"))
 image = whole(clients[0])
 change(100)
-clients.append(connect("@diff.qcow2"))
 for c in clients:
     expect(c.get_size(), len(image), "size")
 some_reads(clients, image)

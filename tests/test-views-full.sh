@@ -51,11 +51,11 @@ h.trim(100000, size - 300000)
 h.pwrite(b"end", size - 3)
 # The base is not read twice for what is there anyway, and the view has one moment.
 before = connect("@full.qcow2")
+h.pwrite(b"x" * M, 10 * M)
+other = connect("@full.qcow2")
 n = before.get_size()
 image = before.pread(n, 0)
-h.pwrite(b"x" * M, 10 * M)
 rand = random.Random(7)
-other = connect("@full.qcow2")
 expect(other.get_size(), n, "size while the disk changes")
 for i in range(50):
     count = rand.randrange(1, 100 * K)

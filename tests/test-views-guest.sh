@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# A guest is booted with a disk that is NAME@diff.qcow2, and behind it the base: the file
-# system is that of the moment, with what had been written to the disk, while the live disk
-# goes on and is another one soon.
+# A guest is booted with a disk that is the diff of a moment, and behind it the base: the
+# file system is that of the moment, with what had been written to the disk, while the live
+# disk goes on and is another one soon.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 . "${srcdir:-$(dirname "$0")}/guest.sh"
@@ -35,7 +35,7 @@ debugfs -w -R 'rm removed' "$tmp/moment.img" >>"$tmp/debugfs.log" 2>&1
 e2fsck -fn "$tmp/moment.img" >>"$tmp/debugfs.log" 2>&1 ||
     { cat "$tmp/debugfs.log" >&2; die "debugfs has made a damaged file system"; }
 
-start_nbdkit file "$base" cow-views=true
+start_nbdkit file "$base" cow-views=true cow-control="$tmp/control"
 py <<'END'
 h = connect()
 with open(tmp + "/moment.img", "rb") as f, open(tmp + "/base.img", "rb") as b:
@@ -43,28 +43,15 @@ with open(tmp + "/moment.img", "rb") as f, open(tmp + "/base.img", "rb") as b:
         new, old = f.read(4 * K), b.read(4 * K)
         if new != old:
             h.pwrite(new, at) if any(new) else h.zero(4 * K, at)
+Control()("moment", "boot", "default")
+h.pwrite(b"?" * (8 * M), 0)
+h.trim(8 * M, 24 * M)
 leave(h)
 END
 
-# Held here, while the live disk is overwritten.
-py <<'END' &
-held = connect("@diff.qcow2")
-h = connect()
-h.pwrite(b"?" * (8 * M), 0)
-h.trim(8 * M, 24 * M)
-os.mkdir(tmp + "/held")
-until(lambda: os.path.exists(tmp + "/done"), "the end of the guest")
-leave(h, held)
-END
-holder=$!
-until [ -d "$tmp/held" ]; do
-    kill -0 $holder || die "the view cannot be held"
-    sleep 0.05
-done
-
 # The export is read only; what the guest writes goes to a file that qemu throws away.
 disk='json:{"driver":"raw","file":{"driver":"qcow2",
-    "file":{"driver":"nbd","server":{"type":"unix","path":"'$sock'"},"export":"@diff.qcow2"},
+    "file":{"driver":"nbd","server":{"type":"unix","path":"'$sock'"},"export":"@boot/diff.qcow2"},
     "backing":{"driver":"raw","file":{"driver":"file","filename":"'$base'"}}}}'
 TMPDIR=$tmp run_guest "${disk//,/,,},snapshot=on" <<'END'
 mount -t ext4 /dev/vda /mnt
@@ -81,8 +68,6 @@ for f in kept added; do
     grep -qxF "${sum%-}/mnt/$f" "$guest_log" ||
         { cat "$guest_log" >&2; die "the guest has read something else in $f"; }
 done
-touch "$tmp/done"
-wait $holder || die "the view could not be held"
 clients_have_gone
 stop_nbdkit
 log_lacks error

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# NAME@snapshot is the disk of the moment when the first client of this view connected,
-# content and extents, whatever is written, zeroed and trimmed meanwhile.  Who comes while
-# somebody has it sees the same moment; when the last one has left, the next one sees a new
-# one.
+# NAME@snapshot is the disk of the moment when the client connected, content and extents,
+# whatever is written, zeroed and trimmed meanwhile.  All that was acknowledged before is
+# in it.  Only a program that opens several connections before it reads gets the same
+# moment with all of them.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 requires_plugin file pattern
@@ -72,22 +72,37 @@ change(40)
 first.check(s, "the unchanged disk while the live one changes")
 leave(s)
 
-# Several times: two clients at once, a third one that comes later, and the first ones
-# leave before it.
+def of_other_program():
+    """What another program gets, which connects now."""
+    subprocess.run(["nbdcopy", "nbd+unix:///@snapshot?socket=" + os.environ["sock"],
+                    tmp + "/other"], check=True)
+    with open(tmp + "/other", "rb") as f:
+        return f.read()
+
+
+# Several times: two connections at once, another program in between, a third connection
+# after something was read, and the first ones leave before it.
 for i in range(4):
     moment = Moment()
+    start = time.monotonic()
     a = connect("@snapshot")
     change(1)
     b = connect("@snapshot")
+    together = time.monotonic() - start < 0.9
+    same(of_other_program(), model, "another program")
     change(60)
-    moment.check(a, "the first client")
-    moment.check(b, "one that came later")
+    moment.check(a, "the first connection")
+    if together:
+        moment.check(b, "one that came together with it")
+    later = Moment()
     c = connect("@snapshot")
-    leave(a, b)
     change(30)
     # What the live disk is read for may be kept, and changes no snapshot.
     same(h.pread(size, 0), model, "the live disk")
-    moment.check(c, "one that came much later, and stays")
+    later.check(c, "one that came after something was read")
+    leave(a, b)
+    change(30)
+    later.check(c, "the same, once the others have left")
     leave(c)
     same(connect().pread(size, 0), model, "the live disk for another client")
 
@@ -108,6 +123,107 @@ END
     log_lacks error
     fingerprint "$tmp/base" | cmp - "$tmp/before" || die "the base has changed"
 done
+
+# A program that waits for more than a second gets another moment, though it has read
+# nothing; and one that asked for extents has read.  While nothing changes, there is one
+# moment for all.
+start_nbdkit -D cow.verbose=1 -v memory 1M cow-views=true
+py <<'END'
+def frozen():
+    return server_log().count("frozen for")
+
+
+h = connect()
+h.pwrite(b"one", 0)
+a = connect("@snapshot")
+time.sleep(1.2)
+h.pwrite(b"two", 0)
+same(connect("@snapshot").pread(3, 0), b"two", "more than a second later")
+b = connect("@snapshot")
+extents(b)
+h.pwrite(b"six", 0)
+same(connect("@snapshot").pread(3, 0), b"six", "after extents")
+h.zero(4096, 0)
+same(connect("@snapshot").pread(3, 0), bytes(3), "after a zero")
+same(a.pread(3, 0), b"one", "the first one")
+
+s = connect("@snapshot")
+s.pread(3, 0)
+before = frozen()
+for i in range(3):
+    same(connect("@snapshot").pread(3, 0), bytes(3), "nothing has changed")
+expect(frozen(), before, "moments")
+END
+stop_nbdkit
+
+# Whatever was acknowledged before a client connects is in its moment, however fast clients
+# come and go: each a program of its own, or one that reads each time.
+start_nbdkit memory 1M cow-views=true
+py <<'END'
+import mmap
+acknowledged = mmap.mmap(-1, 8)
+ended = mmap.mmap(-1, 1)
+
+
+def seen():
+    v = connect("@snapshot")
+    n, = struct.unpack(">Q", v.pread(8, 0))
+    v.shutdown()
+    return n
+
+
+def child(what):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            what()
+        except BaseException as e:
+            print("%s: %s" % (what.__name__, e), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def write_on():
+    h = connect()
+    n = 0
+    while not ended[0]:
+        n += 1
+        h.pwrite(struct.pack(">Q", n), 0)
+        acknowledged[:] = struct.pack(">Q", n)
+        if n % 16 == 0:
+            time.sleep(0.002)  # nothing changes for a while
+    h.shutdown()
+
+
+def look():
+    before, = struct.unpack(">Q", acknowledged[:])
+    n = seen()
+    if n < before:
+        raise ValueError("%d was acknowledged, and %d seen" % (before, n))
+
+
+def look_often():
+    for i in range(500):
+        look()
+
+
+def look_by_programs():
+    for i in range(150):
+        if os.waitpid(child(look), 0)[1] != 0:
+            raise ValueError("in a program of its own")
+
+
+writer = child(write_on)
+until(lambda: acknowledged[:] != bytes(8), "the first write")
+lookers = [child(look_often), child(look_often), child(look_by_programs),
+           child(look_by_programs)]
+status = [os.waitpid(pid, 0)[1] for pid in lookers]
+ended[0] = 1
+expect(os.waitpid(writer, 0)[1], 0, "the writer's status")
+expect(status, [0] * 4, "status of those who look")
+END
+stop_nbdkit
 
 # Each export has moments of its own, and each kind of view.  One that nobody ever had
 # open can be viewed, and later be written.
