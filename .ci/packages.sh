@@ -23,8 +23,8 @@ packages_to_measure="fio gnuplot-nox nbd-server python3-libnbd qemu-system-commo
 # What is only asked of each change, in .ci/run: other programs that read images
 # or take streams, what a guest needs besides its kernel, and roots of bare machines.
 packages_to_check="clang clang-format clang-tidy libclang-rt-dev valgrind
-    7zip busybox-static debootstrap kmod libqcow-utils python3-libqcow shellcheck
-    spin"
+    7zip btrfs-progs busybox-static debootstrap kmod libqcow-utils python3-libqcow shellcheck
+    spin xfsprogs"
 
 # What "make release" makes packages with, and what looks at them.
 packages_to_package="build-essential debhelper dpkg-dev git lintian rpm"

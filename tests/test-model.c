@@ -28,9 +28,13 @@
  * Between the rounds nothing is in flight, and all of the disk and its extents
  * are compared.
  *
- * The state of each block is modelled too.  (A zero that leaves no hole writes.)  It never depends on the order of
- * requests, except where one zeroes a whole block of which another writes
+ * The state of each block is modelled too.  (A zero that leaves no hole writes.)  It
+ * never depends on the order of requests, except where one zeroes a whole block of which another writes
  * bytes of anybody's; such blocks may then be in either state.
+ *
+ * Snapshots may be held meanwhile.  One that was made between two rounds must have what
+ * the disk had then, however often it is read while others write; one that was made in
+ * the middle of a round must have the same whenever it is read.  They go in any order.
  *
  * A seed determines the segments and all requests of each connection, though
  * not how those of different connections meet.
@@ -207,6 +211,8 @@ static struct {
   uint64_t seed;
   bool kept_reads; /* reads or prefetches may allocate blocks */
   bool lax;
+  unsigned views; /* snapshots at a time */
+  bool full;      /* there may be no space left */
 } options = {
   .block_size = 4096,
   .requests = 4000,
@@ -242,6 +248,21 @@ static struct connection connections[MAX_CONNECTIONS];
 static unsigned weights[NR_OPS]; /* 0 if the server does not offer it */
 static uint32_t offered_flags;
 static atomic_uint_fast64_t clock_now = 1;
+
+/* A snapshot that is held, and what it must have.  Only the main thread uses them between
+ * the rounds, and one other while a round lasts.
+ */
+#define MAX_VIEWS 16
+
+struct view {
+  struct nbd_handle *nbd; /* NULL: none */
+  uint8_t *content;
+};
+static struct view views[MAX_VIEWS];
+static atomic_bool round_ended;
+static unsigned nr_checked_views;
+
+static atomic_uint nr_full; /* requests that found no space left */
 
 /* The first failure; the others are not looked at. */
 static atomic_bool failed;
@@ -860,7 +881,7 @@ is_changed (uint64_t block)
 }
 
 /* May this fast zero be refused?  Only where a block that it covers in part
- * may have to be read from the base.
+ * may have to be read from the base, or space has to be found.
  */
 static bool
 may_refuse (const struct request *r)
@@ -870,6 +891,9 @@ may_refuse (const struct request *r)
   uint64_t last = (end - 1) / options.block_size;
 
   if (options.lax)
+    return true;
+  /* Not every file system sets space aside at once. */
+  if (options.full && r->flags & LIBNBD_CMD_FLAG_NO_HOLE)
     return true;
   if (r->offset > block_start (first) && !is_changed (first))
     return true;
@@ -1092,6 +1116,40 @@ conflicts_in_flight (const struct connection *c, const struct request *r)
   return false;
 }
 
+static uint8_t byte_of (const struct request *r, uint64_t offset);
+
+/* A request found no space left.  It has changed the state of no block; but of the bytes of
+ * blocks that were allocated already, any may be new.
+ */
+static void
+settle_failed (struct connection *c, const struct request *r)
+{
+  const uint64_t end = r->offset + r->length;
+  uint8_t *got = checked (malloc (r->length));
+
+  if (nbd_pread (c->nbd, got, r->length, r->offset, 0) == -1)
+    fail_at (r, r->offset, "read after it failed: %s", nbd_get_error ());
+  for (size_t i = find_segment (r->offset);
+       i < count_segments () && layout->segments[i].start < end
+       && !atomic_load (&failed);
+       ++i) {
+    const struct piece p = piece_of (i, r->offset, end);
+
+    if (layout->segments[i].owner != (int) c->id)
+      continue;
+    for (uint64_t o = p.start; o < p.end; ++o) {
+      const uint8_t byte = got[o - r->offset];
+
+      if (byte != model[o] && byte != byte_of (r, o)) {
+        fail_at (r, o, "after it failed: got %02x, neither old nor new", byte);
+        break;
+      }
+      model[o] = byte;
+    }
+  }
+  free (got);
+}
+
 static void
 complete (struct connection *c, struct command *command, int error)
 {
@@ -1102,6 +1160,11 @@ complete (struct connection *c, struct command *command, int error)
   command->used = false;
   c->in_flight--;
 
+  if (error == ENOSPC && options.full && changes_bytes (r)) {
+    atomic_fetch_add (&nr_full, 1);
+    settle_failed (c, r);
+    return;
+  }
   if (error) {
     if (error != ENOTSUP || !command->may_refuse)
       fail_at (r, r->offset, "failed: %s", strerror (error));
@@ -1539,7 +1602,7 @@ find_contests (struct contests *all)
       const struct request *r = &c->log[j];
       uint64_t end = r->offset + r->length;
 
-      if (!changes_bytes (r) || r->error)
+      if (!changes_bytes (r) || (r->error && r->error != ENOSPC))
         continue;
       for (size_t s = find_segment (r->offset);
            s < count_segments () && layout->segments[s].start < end; ++s) {
@@ -1567,7 +1630,8 @@ byte_of (const struct request *r, uint64_t offset)
 }
 
 /* START .. END-1 was changed by all of a list of requests or by none of it, so
- * each byte must be that of one which ended after the last one began.
+ * each byte must be that of one which ended after the last one began.  One that failed
+ * may have changed it, or not.
  */
 static void
 check_contested_piece (const struct contest *list, size_t n, uint64_t start,
@@ -1575,19 +1639,24 @@ check_contested_piece (const struct contest *list, size_t n, uint64_t start,
                        const struct request *reader)
 {
   uint64_t last_began = 0;
+  bool tried = false; /* somebody failed to change it, or did so in part */
 
   for (size_t i = 0; i < n; ++i) {
-    if (covers (list[i].request, start))
+    if (!covers (list[i].request, start))
+      continue;
+    if (list[i].request->error)
+      tried = true;
+    else
       last_began = most (last_began, list[i].request->began);
   }
-  if (last_began == 0) {
+  if (last_began == 0 && !tried) {
     if (memcmp (got, model + start, end - start) != 0)
       fail_bytes (reader, start, model + start, got, end - start);
     return;
   }
   for (uint64_t o = start; o < end; ++o) {
     const struct request *r = NULL;
-    bool found = false;
+    bool found = last_began == 0 && got[o - start] == model[o];
 
     for (size_t i = 0; i < n && !found; ++i) {
       r = list[i].request;
@@ -1663,6 +1732,108 @@ settle_contests (struct connection *c)
   }
   free (got);
   free (all.list);
+}
+
+/* Snapshots -------------------------------------------------------------- */
+
+static struct nbd_handle *connect_to (const char *server, const char *export);
+
+static void
+open_view (struct view *v)
+{
+  v->nbd = connect_to (options.server, "@snapshot");
+  v->content = checked (malloc (disk_size));
+  /* From now on, the next one is another one. */
+  nbd_pread (v->nbd, v->content, 1, 0, 0);
+}
+
+static void
+close_view (struct view *v)
+{
+  nbd_shutdown (v->nbd, 0);
+  nbd_close (v->nbd);
+  free (v->content);
+  *v = (struct view) { .nbd = NULL };
+}
+
+/* Read START .. END-1 into BUF, or compare it with what the view must have.  -1 if that
+ * failed, which was reported.
+ */
+static int
+read_view (struct view *v, uint64_t start, uint64_t end, uint8_t *into)
+{
+  static uint8_t buf[1 << 20];
+
+  for (uint64_t n; start < end; start += n) {
+    n = least (sizeof buf, end - start);
+
+    const struct request r = { .op = OP_READ,
+                               .round = the_round.number,
+                               .connection = MAX_CONNECTIONS,
+                               .offset = start,
+                               .length = n };
+
+    if (nbd_pread (v->nbd, into ? into + start : buf, n, start, 0) == -1) {
+      fail_at (&r, start, "snapshot: %s", nbd_get_error ());
+      return -1;
+    }
+    if (!into && memcmp (buf, v->content + start, n) != 0) {
+      fail_bytes (&r, start, v->content + start, buf, n);
+      return -1;
+    }
+  }
+  return 0;
+}
+
+/* Nothing is in flight: what the disk has is known. */
+static void
+views_between_rounds (void)
+{
+  struct random random = random_for (the_round.number, MAX_CONNECTIONS + 3);
+
+  for (unsigned i = 0; i < options.views; ++i) {
+    struct view *v = &views[i];
+
+    if (!v->nbd) {
+      open_view (v);
+      memcpy (v->content, model, disk_size);
+    }
+    else if (one_in (&random, 3)) {
+      if (read_view (v, 0, disk_size, NULL) == -1)
+        return;
+      nr_checked_views++;
+      close_view (v);
+    }
+  }
+}
+
+/* While others write.  Looks at parts of what is held, lets one of them go, and makes one
+ * that nobody knows the content of.
+ */
+static void *
+views_in_round (void *opaque)
+{
+  struct random random = random_for (the_round.number, MAX_CONNECTIONS + 4);
+  const unsigned gone = random_below (&random, options.views);
+  unsigned turn = 0;
+
+  (void) opaque;
+  while (!atomic_load (&round_ended) && !atomic_load (&failed)) {
+    struct view *v = &views[turn++ % options.views];
+
+    if (!v->nbd) {
+      open_view (v);
+      if (read_view (v, 0, disk_size, v->content) == -1)
+        return NULL;
+    }
+    const uint64_t start = random_below (&random, disk_size);
+
+    if (read_view (v, start, least (start + (4 << 20), disk_size), NULL) == -1)
+      return NULL;
+    if (turn == options.views)
+      close_view (&views[gone]);
+  }
+  return NULL;
 }
 
 /* Rounds ---------------------------------------------------------------- */
@@ -1832,12 +2003,39 @@ plan_round (unsigned number)
   }
 }
 
+/* Now and then all of the disk is written, as far as there is space, and then all space is
+ * given back.
+ */
+static void
+change_all (enum op op)
+{
+  struct connection *c = &connections[0];
+  struct request r = { .op = op, .data = pool };
+
+  make_solo_layout (c->id);
+  for (; r.offset < disk_size; r.offset += r.length) {
+    r.length
+      = least (least (options.max_request, 1 << 20), disk_size - r.offset);
+    submit (c, &r);
+  }
+  drain (c);
+}
+
 static void
 run_round (unsigned number)
 {
+  pthread_t views_thread;
   int err;
 
+  if (options.full && number % 2 == 0)
+    change_all (number % 4 == 0 ? OP_TRIM : OP_WRITE);
   plan_round (number);
+  atomic_store (&round_ended, false);
+  if (options.views > 0) {
+    err = pthread_create (&views_thread, NULL, views_in_round, NULL);
+    if (err)
+      die ("cannot start a thread: %s", strerror (err));
+  }
   for (unsigned i = 0; i < options.connections; ++i) {
     struct connection *c = &connections[i];
 
@@ -1847,29 +2045,41 @@ run_round (unsigned number)
   }
   for (unsigned i = 0; i < options.connections; ++i)
     pthread_join (connections[i].thread, NULL);
+  atomic_store (&round_ended, true);
+  if (options.views > 0)
+    pthread_join (views_thread, NULL);
   if (!atomic_load (&failed))
     check_disk ();
+  if (!atomic_load (&failed))
+    views_between_rounds ();
 }
 
 /* Start and end --------------------------------------------------------- */
 
+static struct nbd_handle *
+connect_to (const char *server, const char *export)
+{
+  struct nbd_handle *nbd = nbd_create ();
+  int r;
+
+  if (nbd == NULL
+      || nbd_add_meta_context (nbd, LIBNBD_CONTEXT_BASE_ALLOCATION) == -1
+      || nbd_set_pread_initialize (nbd, false) == -1
+      || nbd_set_export_name (nbd, export) == -1)
+    die ("%s", nbd_get_error ());
+  r = strstr (server, "://") ? nbd_connect_uri (nbd, server)
+                             : nbd_connect_unix (nbd, server);
+  if (r == -1)
+    die ("%s: %s: %s", server, export, nbd_get_error ());
+  return nbd;
+}
+
 static void
 open_connection (struct connection *c, unsigned id)
 {
-  int r;
-
   c->id = id;
   c->depth = options.depth;
-  c->nbd = nbd_create ();
-  if (c->nbd == NULL
-      || nbd_add_meta_context (c->nbd, LIBNBD_CONTEXT_BASE_ALLOCATION) == -1
-      || nbd_set_pread_initialize (c->nbd, false) == -1)
-    die ("%s", nbd_get_error ());
-  r = strstr (options.server, "://")
-        ? nbd_connect_uri (c->nbd, options.server)
-        : nbd_connect_unix (c->nbd, options.server);
-  if (r == -1)
-    die ("%s: %s", options.server, nbd_get_error ());
+  c->nbd = connect_to (options.server, "");
 }
 
 /* 1 is yes; an answer of no is a failure unless --lax, an error always is. */
@@ -2029,6 +2239,9 @@ close_all (void)
     }
     free (c->log);
   }
+  for (unsigned i = 0; i < options.views; ++i)
+    if (views[i].nbd)
+      close_view (&views[i]);
   free (model);
   free (base);
   free (states);
@@ -2060,6 +2273,10 @@ usage (FILE *fp)
     "  --result=FILE       write there what the disk must hold at the end\n"
     "  --cow-on-read       blocks may be allocated by reads\n"
     "  --cow-on-cache      blocks may be allocated by prefetches\n"
+    "  --views=N           so many snapshots at a time; the server is given "
+    "as a\n"
+    "                      socket (0)\n"
+    "  --full              space may run out\n"
     "  --lax               for servers other than this filter: what is not\n"
     "                      offered is not used, fast zero may be refused,\n"
     "                      extents need not be exact\n");
@@ -2101,6 +2318,7 @@ parse_options (int argc, char *argv[])
     { "cow-on-cache", no_argument, NULL, 'k' },
     { "cow-on-read", no_argument, NULL, 'k' },
     { "depth", required_argument, NULL, 'd' },
+    { "full", no_argument, NULL, 'f' },
     { "help", no_argument, NULL, 'h' },
     { "lax", no_argument, NULL, 'l' },
     { "max-request", required_argument, NULL, 'x' },
@@ -2109,6 +2327,7 @@ parse_options (int argc, char *argv[])
     { "rounds", required_argument, NULL, 'r' },
     { "seed", required_argument, NULL, 's' },
     { "timeout", required_argument, NULL, 't' },
+    { "views", required_argument, NULL, 'v' },
     { NULL, 0, NULL, 0 },
   };
   bool has_seed = false;
@@ -2126,6 +2345,9 @@ parse_options (int argc, char *argv[])
       break;
     case 'd':
       options.depth = parse_number ("--depth", optarg, 1, MAX_DEPTH);
+      break;
+    case 'f':
+      options.full = true;
       break;
     case 'h':
       usage (stdout);
@@ -2154,6 +2376,9 @@ parse_options (int argc, char *argv[])
       break;
     case 't':
       options.timeout = parse_number ("--timeout", optarg, 1, 1000000);
+      break;
+    case 'v':
+      options.views = parse_number ("--views", optarg, 0, MAX_VIEWS);
       break;
     case 'x':
       options.max_request
@@ -2205,6 +2430,10 @@ main (int argc, char *argv[])
   else {
     if (options.result)
       write_result ();
+    if (options.full)
+      printf ("model: %u found no space left\n", atomic_load (&nr_full));
+    if (options.views > 0)
+      printf ("model: %u snapshots agree\n", nr_checked_views);
     printf ("model: %zu requests agree\n", count_requests ());
   }
   close_all ();
