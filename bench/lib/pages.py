@@ -8,7 +8,7 @@ RESULTS = """\
 # Results
 
 This page is what `./bench/run --from bench/figures.json --markdown` prints.
-It has all that was measured; `README.md` has five figures of it.
+It has all that was measured; `README.md` has eight figures of it.
 
 {machine}
 `./bench/run` on an idle machine measures all of it anew, and `./bench/run --parts PART` one part.
@@ -22,11 +22,12 @@ It has all that was measured; `README.md` has five figures of it.
 ## How to read it
 
   * Figures are medians of {rounds} rounds, in which the servers took turns.
-    What takes minutes was measured in one to three rounds.
+    What takes minutes was measured in one to four rounds.
+    The machine had other work beside most of this; overwrites with a snapshot and the longest waits were measured apart, with none.
   * The machine is a virtual one.
     Rounds differ by a fifth there, at times by far more: `bench/figures.json` has each.
     So medians that differ by less are equal.
-  * All files are on tmpfs, but diffs are saved on ext4.
+  * All files are on tmpfs, but diffs are saved on ext4, and what says so is on XFS.
   * Requests of 4 KiB and 64 KiB are 16 at a time, those of 1 MiB are eight at a time, unless the job says another depth.
   * "No overlay" is the limit: nbdkit's file plugin on a full copy of the disk, or on a sparse file for fresh writes.
     For saving, it is an fdatasync of the same blocks.
@@ -34,7 +35,9 @@ It has all that was measured; `README.md` has five figures of it.
   * nbdkit's own filter saves nothing.
     What is measured there is `qemu-img create` and `qemu-img rebase`.
   * nbdkit's own filter keeps the space of what is trimmed, the others give it back.
-  * A slot is 32 blocks, 128 KiB.
+  * A slot of this filter is 32 blocks, 128 KiB.
+  * "The longest" is that of all requests in ten seconds, some of which the machine itself delays.
+    So what the same client waited in the ten seconds before is there too.
   * "Cannot" is what a program does not do, or what there is not without an overlay.
   * "–" was not measured.
 """
@@ -74,21 +77,27 @@ def results(result):
               [[title(job)] + [figure(job, k) for k in kinds] for job in mine])
 
 
-# The five: what it is, for a reader who does not know the jobs; the job; its part.
+# What it is, for a reader who does not know the jobs; the job; its part.
 IN_README = [
     ("Random reads of 4 KiB from the base, MiB/s", "read-4k-base", "small requests"),
     ("Random writes of 4 KiB, MiB/s", "write-4k-fresh", "small requests"),
     ("Saving 1 GiB of scattered blocks as a diff, seconds", "save", "saving"),
+    ("Overwrites of 4 KiB a second while a snapshot is held", "overwrite-held",
+     "overwrites with a snapshot"),
+    ("Memory for 128 KiB that are written one after the other, bytes",
+     "memory-slot-run", "memory of a slot"),
+    ("Memory for 128 KiB that are written in random order, bytes",
+     "memory-slot-spread", "memory of a slot"),
     ("Memory for a disk of 1 TiB with a block written in each 32 MiB, MiB",
      "memory-100", "size of an overlay"),
     ("Memory for each of 1000 disks on one base, KiB", "overlays-1000-memory",
      "number of overlays"),
 ]
-README_KINDS = ["cow", "nbdkit", "qemu-qcow2", "limit"]
+README_KINDS = ["cow", "nbdkit", "qemu-qcow2", "qemu-cbw", "limit"]
 
 
 def readme(result):
-    """The five figures of README.md."""
+    """The figures of README.md."""
     jobs = jobs_of(result)
     table(["what"] + [NAMES[k] for k in README_KINDS] + ["measured by"],
           [[words] + [figure(jobs[name], k) for k in README_KINDS]
