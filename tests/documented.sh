@@ -50,7 +50,7 @@ cat >"$tmp/bin/ssh" <<END
 #!/usr/bin/env bash
 [ \$# -eq 2 ] && [ "\$1" = backup ] && cd "$tmp/backup" && exec bash -c "\$2"
 END
-ln -s "$abs_top_builddir/cowctl/cowctl" "$tmp/bin/cowctl"
+ln -s "${abs_top_builddir:?}/cowctl/cowctl" "$tmp/bin/cowctl"
 chmod +x "$tmp/bin/"* "$tmp/made/job"
 base_file "$tmp/made/disk.img" 2097152
 PATH=$tmp/bin:$PATH
