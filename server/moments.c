@@ -82,8 +82,6 @@ find_exports (struct chosen *c, char *const *exports, size_t count,
 
   if (s->state != SET_OPEN)
     return refuse (refusal, "the server ends");
-  if (s->options.scope != SCOPE_EXPORT)
-    return refuse (refusal, "with cow-scope=connection there are no moments");
   for (; c->count < count; ++c->count) {
     struct overlay_entry *entry = overlays_find (s, exports[c->count]);
 

@@ -47,6 +47,7 @@ for _ in 1 2; do
     for copy in backup.img changes.qcow2 full.qcow2; do
         has "$copy" 'read -P 1 1M 64k' 'read -P 0 2M 64k'
     done
+    has tuesday.qcow2 'read -P 0 1M 64k' 'read -P 2 2M 64k'
     [ "$(stat -c %s full.qcow2)" -lt 1000000 ] || die "full.qcow2 has what is empty"
 done
 

@@ -147,6 +147,17 @@ h.zero(4096, 0)
 same(connect("@snapshot").pread(3, 0), bytes(3), "after a zero")
 same(a.pread(3, 0), b"one", "the first one")
 
+# What one connection has read counts for all of the program, also when it has gone.
+for gone in False, True:
+    x, y = connect("@snapshot"), connect("@snapshot")
+    x.pread(3, 0)
+    if gone:
+        leave(x)
+    new = b"new" if gone else b"old"
+    h.pwrite(new, 0)
+    same(connect("@snapshot").pread(3, 0), new, "after another connection has read")
+h.zero(4096, 0)
+
 s = connect("@snapshot")
 s.pread(3, 0)
 before = frozen()
