@@ -1568,12 +1568,58 @@ changes_since_are_noticed (void **state)
   check_all_released (model, true);
 }
 
+static struct overlay *both[2];
+static struct frozen_map *frozen_both[2];
+
+static void *
+freeze_both (void *opaque)
+{
+  (void) opaque;
+  if (overlay_freeze_all (both, 2, frozen_both) == -1)
+    die ("overlay_freeze_all", errno);
+  return NULL;
+}
+
+/* As long as a request to one of them is under way, none is frozen, and none is changed by
+ * others: else a write to the first and then one to the second would be in the second's
+ * moment alone.
+ */
+static void
+all_are_frozen_at_one_moment (void **state)
+{
+  struct overlay *other = overlay_new (SIZE, &options);
+  pthread_t thread;
+
+  (void) state;
+  both[0] = (uintptr_t) overlay < (uintptr_t) other ? overlay : other;
+  both[1] = both[0] == overlay ? other : overlay;
+  {
+    HOLD_REQUEST (both[1]);
+    assert_int_equal (pthread_create (&thread, NULL, freeze_both, NULL), 0);
+    while (pthread_rwlock_tryrdlock (&both[0]->request_lock.pthread) == 0) {
+      assert_null (both[0]->map.newest);
+      pthread_rwlock_unlock (&both[0]->request_lock.pthread);
+    }
+    (void) usleep (20000);
+    assert_null (both[0]->map.newest);
+    assert_int_not_equal (
+      pthread_rwlock_tryrdlock (&both[0]->request_lock.pthread), 0);
+  }
+  assert_int_equal (pthread_join (thread, NULL), 0);
+  for (unsigned i = 0; i < 2; ++i) {
+    assert_ptr_equal (both[i]->map.newest, frozen_both[i]);
+    overlay_release (both[i], frozen_both[i]);
+  }
+  overlay_free (other);
+}
+
 int
 main (void)
 {
   const struct CMUnitTest tests[] = {
     WITH_OVERLAY (frozen_map_alone_takes_what_its_release_gives_back),
     WITH_OVERLAY (changes_since_are_noticed),
+    WITH_OVERLAY (all_are_frozen_at_one_moment),
     WITH_OVERLAY (backwards_zeroes_leave_nothing),
     WITH_OVERLAY (frozen_between_a_look_and_its_write),
     WITH_OVERLAY (frozen_in_the_middle_of_any_request),
